@@ -1,0 +1,145 @@
+// scaled_residual on the CPU: two passes over each row, the second from cache.  Compiled once per
+// instruction set; everything here has internal linkage or lives in the set's namespace.
+#include "kernels.h"
+#include "math/homogeneous.h"
+#include "simd.h"
+
+namespace depthnet {
+namespace DEPTHNET_ISA {
+namespace {
+
+// Elements a step: the signs of one step are one 32-bit store.
+constexpr int64_t kStep = 32;
+
+// The last, incomplete step of a row, padded with zeros, so that no step tests lengths.
+template <class T>
+struct Padded {
+  alignas(64) T values[kStep];
+  Padded(const T* from, int64_t valid) {
+    std::memset(values, 0, sizeof values);
+    std::memcpy(values, from, size_t(valid) * sizeof(T));
+  }
+};
+
+// Bits of h >= 0 for one step, and phi(h) added to the partial sums.
+template <class T, class C = Compute<T>>
+uint32_t sign_step(const T* h, Vec<C> p, Vec<C> minus_q, Vec<C>* partial) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kStep / kLanes<C>; ++i) {
+    Vec<C> v = load(h + i * kLanes<C>);
+    Mask<C> nonnegative = v >= Vec<C>{};
+    bits |= to_bits(nonnegative) << (i * kLanes<C>);
+    partial[i & 3] += v * slope(nonnegative, p, minus_q);
+  }
+  return bits;
+}
+
+template <class T, class C = Compute<T>>
+void add_step(const T* x, const T* h, T* y, Vec<C> scale, Vec<C> mean, Vec<C> p, Vec<C> minus_q) {
+  for (int i = 0; i < kStep / kLanes<C>; ++i) {
+    Vec<C> v = load(h + i * kLanes<C>);
+    Vec<C> z = v * slope(v >= Vec<C>{}, p, minus_q);
+    store(y + i * kLanes<C>, load(x + i * kLanes<C>) + scale * (z - mean));
+  }
+}
+
+template <class T, class C = Compute<T>>
+void forward(const Residual& r, int64_t begin, int64_t end) {
+  const int64_t n = r.n, whole = n - n % kStep, rest = n - whole, sign_bytes = (n + 7) / 8;
+  const Vec<C> p = broadcast(C(r.p)), minus_q = broadcast(C(-r.q));
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t member = index / r.rows, row = index % r.rows;
+    const T* x = static_cast<const T*>(r.x) + member * r.x_stride + row * n;
+    const T* h = static_cast<const T*>(r.h) + member * r.h_stride + row * n;
+    T* y = static_cast<T*>(r.out) + member * r.out_stride + row * n;
+
+    Vec<C> mean{};
+    if (r.signs || r.mean_subtract) {
+      uint8_t* signs = r.signs ? r.signs + member * r.signs_stride + row * sign_bytes : nullptr;
+      Vec<C> partial[4]{};
+      for (int64_t i = 0; i < whole; i += kStep) {
+        uint32_t bits = sign_step(h + i, p, minus_q, partial);
+        if (signs) std::memcpy(signs + i / 8, &bits, 4);
+      }
+      if (rest) {
+        uint32_t bits = sign_step(Padded<T>(h + whole, rest).values, p, minus_q, partial);
+        bits &= (uint32_t(1) << rest) - 1;
+        if (signs) std::memcpy(signs + whole / 8, &bits, size_t(sign_bytes - whole / 8));
+      }
+      if (r.mean_subtract)
+        mean = broadcast(sum<C>((partial[0] + partial[1]) + (partial[2] + partial[3])) / C(n));
+    }
+
+    const Vec<C> scale = broadcast(C(r.scales ? r.scale * r.scales[member] : r.scale));
+    for (int64_t i = 0; i < whole; i += kStep) add_step(x + i, h + i, y + i, scale, mean, p, minus_q);
+    if (rest) {
+      Padded<T> last(x + whole, rest);
+      add_step(last.values, Padded<T>(h + whole, rest).values, last.values, scale, mean, p, minus_q);
+      std::memcpy(y + whole, last.values, size_t(rest) * sizeof(T));
+    }
+  }
+}
+
+template <class T, class C = Compute<T>>
+void sum_step(const T* g, Vec<C>* partial) {
+  for (int i = 0; i < kStep / kLanes<C>; ++i) partial[i & 3] += load(g + i * kLanes<C>);
+}
+
+template <class T, class C = Compute<T>>
+void gradient_step(const T* g, uint32_t bits, T* out, Vec<C> scale, Vec<C> mean, Vec<C> p,
+                   Vec<C> minus_q) {
+  for (int i = 0; i < kStep / kLanes<C>; ++i) {
+    Vec<C> slope_of_h = slope(from_bits<C>(bits >> (i * kLanes<C>)), p, minus_q);
+    Vec<C> v = load(g + i * kLanes<C>);
+    store(out + i * kLanes<C>, residual_gradient(v, mean, scale, slope_of_h));
+  }
+}
+
+template <class T, class C = Compute<T>>
+void backward(const Residual& r, int64_t begin, int64_t end) {
+  const int64_t n = r.n, whole = n - n % kStep, rest = n - whole, sign_bytes = (n + 7) / 8;
+  const Vec<C> p = broadcast(C(r.p)), minus_q = broadcast(C(-r.q));
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t member = index / r.rows, row = index % r.rows;
+    const T* g = static_cast<const T*>(r.h) + member * r.h_stride + row * n;
+    T* out = static_cast<T*>(r.out) + member * r.out_stride + row * n;
+    const uint8_t* signs = r.signs + member * r.signs_stride + row * sign_bytes;
+
+    Vec<C> mean{};
+    if (r.mean_subtract) {
+      Vec<C> partial[4]{};
+      for (int64_t i = 0; i < whole; i += kStep) sum_step(g + i, partial);
+      if (rest) sum_step(Padded<T>(g + whole, rest).values, partial);
+      mean = broadcast(sum<C>((partial[0] + partial[1]) + (partial[2] + partial[3])) / C(n));
+    }
+
+    const Vec<C> scale = broadcast(C(r.scales ? r.scale * r.scales[member] : r.scale));
+    uint32_t bits = 0;
+    for (int64_t i = 0; i < whole; i += kStep) {
+      std::memcpy(&bits, signs + i / 8, 4);
+      gradient_step(g + i, bits, out + i, scale, mean, p, minus_q);
+    }
+    if (rest) {
+      bits = 0;
+      std::memcpy(&bits, signs + whole / 8, size_t(sign_bytes - whole / 8));
+      Padded<T> last(g + whole, rest);
+      gradient_step(last.values, bits, last.values, scale, mean, p, minus_q);
+      std::memcpy(out + whole, last.values, size_t(rest) * sizeof(T));
+    }
+  }
+}
+
+#define DEPTHNET_STRING_(x) #x
+#define DEPTHNET_STRING(x) DEPTHNET_STRING_(x)
+
+}  // namespace
+
+extern const Isa isa;
+const Isa isa = {
+    DEPTHNET_STRING(DEPTHNET_ISA),
+    {forward<float>, forward<double>, forward<bfloat16>, forward<float16>},
+    {backward<float>, backward<double>, backward<bfloat16>, backward<float16>},
+};
+
+}  // namespace DEPTHNET_ISA
+}  // namespace depthnet

@@ -1,0 +1,160 @@
+// Vectors of the instruction set that this file is compiled for, on the GCC/Clang vector extension:
+// arithmetic, comparison and selection are the compiler's; only what it has no syntax for is here.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace depthnet {
+
+// Storage types: 16 bits that are only ever loaded into, and stored from, float vectors.
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
+
+namespace DEPTHNET_ISA {
+
+#if defined(DEPTHNET_ISA_AVX512)
+constexpr int kVectorBytes = 64;
+#elif defined(DEPTHNET_ISA_AVX2)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// Compute<T> is the type that T is computed in.
+template <class T> struct ComputeOf { using type = float; };
+template <> struct ComputeOf<double> { using type = double; };
+template <class T> using Compute = typename ComputeOf<T>::type;
+
+template <class C> struct VectorOf;
+template <> struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t mask __attribute__((vector_size(kVectorBytes)));
+};
+template <> struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t mask __attribute__((vector_size(kVectorBytes)));
+};
+template <class C> using Vec = typename VectorOf<C>::type;
+template <class C> using Mask = typename VectorOf<C>::mask;
+template <class C> constexpr int kLanes = kVectorBytes / int(sizeof(C));
+
+template <class C> static inline Vec<C> broadcast(C value) { return value - Vec<C>{}; }
+
+// One bit per lane, lane 0 lowest.
+static inline uint32_t to_bits(Mask<float> mask) {
+#if defined(DEPTHNET_ISA_AVX512)
+  return uint32_t(_mm512_movepi32_mask(__m512i(mask)));
+#elif defined(DEPTHNET_ISA_AVX2)
+  return uint32_t(_mm256_movemask_ps(__m256(mask)));
+#elif defined(__x86_64__)
+  return uint32_t(_mm_movemask_ps(__m128(mask)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<float>; ++i) bits |= uint32_t(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+static inline uint32_t to_bits(Mask<double> mask) {
+#if defined(DEPTHNET_ISA_AVX512)
+  return uint32_t(_mm512_movepi64_mask(__m512i(mask)));
+#elif defined(DEPTHNET_ISA_AVX2)
+  return uint32_t(_mm256_movemask_pd(__m256d(mask)));
+#elif defined(__x86_64__)
+  return uint32_t(_mm_movemask_pd(__m128d(mask)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<double>; ++i) bits |= uint32_t(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
+// The inverse of to_bits; bits above the lanes are ignored.
+template <class C> static inline Mask<C> from_bits(uint32_t bits) {
+  using Lane = decltype(Mask<C>{}[0] + 0);
+  Mask<C> lane{};
+  for (int i = 0; i < kLanes<C>; ++i) lane[i] = Lane(1) << i;
+  return ((Mask<C>{} + Lane(bits)) & lane) != 0;
+}
+
+template <class C> static inline C sum(Vec<C> v) {
+  C lanes[kLanes<C>];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int width = kLanes<C> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// Unaligned loads and stores, converting between the storage and the compute type.
+template <class C> static inline Vec<C> load(const C* from) {
+  Vec<C> v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+template <class C> static inline void store(C* to, Vec<C> v) { std::memcpy(to, &v, sizeof v); }
+
+typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
+
+static inline Vec<float> load(const bfloat16* from) {
+  Half half;
+  std::memcpy(&half, from, sizeof half);
+  return (Vec<float>)(__builtin_convertvector(half, Word) << 16);
+}
+static inline void store(bfloat16* to, Vec<float> v) {
+  Word bits = (Word)v;
+  Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  Word quiet_nan = (bits >> 16) | 0x40;
+  Half half = __builtin_convertvector(v == v ? rounded : quiet_nan, Half);
+  std::memcpy(to, &half, sizeof half);
+}
+
+#if defined(DEPTHNET_ISA_AVX512)
+static inline Vec<float> load(const float16* from) {
+  return Vec<float>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)));
+}
+static inline void store(float16* to, Vec<float> v) {
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(DEPTHNET_ISA_AVX2)
+static inline Vec<float> load(const float16* from) {
+  return Vec<float>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)));
+}
+static inline void store(float16* to, Vec<float> v) {
+  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+static inline Vec<float> load(const float16* from) {
+  Half half;
+  std::memcpy(&half, from, sizeof half);
+  Word bits = __builtin_convertvector(half, Word);
+  Word sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+  // 2^112 re-biases the exponent, subnormals included; an all-ones exponent stays all ones.
+  Vec<float> finite = (Vec<float>)(magnitude << 13) * 0x1p112f;
+  Word special = (magnitude << 13) | 0x7f800000;
+  return (Vec<float>)((magnitude >= 0x7c00 ? special : (Word)finite) | sign);
+}
+static inline void store(float16* to, Vec<float> v) {
+  Word bits = (Word)v;
+  Word sign = bits & 0x80000000u, magnitude = bits ^ sign;
+  Vec<float> absolute = (Vec<float>)magnitude;
+  // Adding 2^(e+13) (at least 2^-1, for subnormal results) makes the adder round, to nearest even,
+  // at the last bit of the half; its exponent e is that of the value.
+  Word exponent = magnitude & 0x7f800000;
+  Vec<float> magic = (Vec<float>)(exponent + (13u << 23));
+  magic = magic < 0x1p-1f ? broadcast<float>(0x1p-1f) : magic;
+  Vec<float> rounded = (absolute + magic) - magic;
+  Word normal = ((Word)(rounded * 0x1p-112f)) >> 13;
+  Word half = absolute >= 65520.f ? Word{} + 0x7c00 : normal;
+  half = v == v ? half : ((magnitude >> 13) & 0x3ff) | 0x7e00;
+  Half packed = __builtin_convertvector(half | (sign >> 16), Half);
+  std::memcpy(to, &packed, sizeof packed);
+}
+#endif
+
+}  // namespace DEPTHNET_ISA
+}  // namespace depthnet

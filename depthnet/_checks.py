@@ -1,0 +1,38 @@
+"""Argument checks shared by the whole package: one clear error, naming the argument."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+
+
+def one_of(argument: str, value: object, choices: Iterable[str]) -> str:
+    """Return `value` if it is one of `choices`, else raise a ValueError naming the nearest one."""
+    choices = list(choices)
+    if isinstance(value, str) and value in choices:
+        return value
+    near = difflib.get_close_matches(str(value).lower(), choices, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{argument}={value!r} is not one of {', '.join(choices)}{hint}")
+
+
+def integer(argument: str, value: object, minimum: int) -> int:
+    """Return `value` as an int of at least `minimum`, else raise a TypeError or ValueError."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{argument} must be an integer, got {value!r} ({type(value).__name__})")
+    if value.__index__() < minimum:
+        raise ValueError(f"{argument} must be at least {minimum}, got {value}")
+    return value.__index__()
+
+
+def optional_import(module: str, extra: str, purpose: str):
+    """Import `module`, or raise an ImportError naming the extra of depthnet that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(
+            f"{purpose} needs {package}, which cannot be imported ({error}). "
+            f"Install it with: pip install 'depthnet[{extra}]'"
+        ) from error

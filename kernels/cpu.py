@@ -1,0 +1,153 @@
+"""The CPU backend: thin bindings to the native kernels of depthnet._C."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch  # before _C: its OpenMP threads are the ones that the kernels run on
+from torch import Tensor
+
+from depthnet._checks import one_of
+
+try:
+    from depthnet import _C
+except ImportError as error:
+    left_out = Path(__file__).parents[1] / "depthnet" / "_C_left_out.txt"
+    if not left_out.exists():
+        left_out = Path(__file__).parents[1] / "_C_left_out.txt"
+    _C, MISSING = None, left_out.read_text().strip() if left_out.exists() else str(error)
+else:
+    wanted = os.environ.get("DEPTHNET_CPU_ISA") or _C.isas()[-1]
+    _C.select_isa(one_of("DEPTHNET_CPU_ISA", wanted, _C.isas()))
+
+# The order of the kernel tables in csrc/cpu/kernels.h.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+STACK_DTYPES = (torch.float32, torch.float64)
+
+
+def unsupported(op: str, *tensors: Tensor) -> list[str]:
+    """Why `op` cannot run here on these tensors; empty if it can."""
+    if _C is None:
+        return [MISSING]
+    reasons = []
+    if op not in globals():
+        reasons.append(f"{op} has no native CPU kernel yet")
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            reasons.append(f"a tensor is on {tensor.device}")
+            break
+    if op == "residual_stack" and any(tensor.dtype not in STACK_DTYPES for tensor in tensors):
+        reasons.append("residual_stack has native CPU kernels for float32 and float64 only")
+    return reasons
+
+
+def details() -> str:
+    threads = torch.get_num_threads() if _C.have_threads() else 1
+    return f"{_C.selected_isa()} of {', '.join(_C.isas())}; {threads} threads"
+
+
+def _scale(scale: float, scales: Tensor | None, p: float, q: float, mean_subtract: bool) -> tuple:
+    address = 0 if scales is None else scales.data_ptr()
+    return scale, address, p, q, mean_subtract, torch.get_num_threads()
+
+
+def _block(tensor: Tensor) -> tuple[int, int]:
+    """Address and member stride of a (P, rows, n) tensor whose members are contiguous."""
+    return tensor.data_ptr(), tensor.stride(0)
+
+
+def scaled_residual(
+    x: Tensor,
+    h: Tensor,
+    scale: float,
+    scales: Tensor | None,
+    p: float,
+    q: float,
+    mean_subtract: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    x, h, y = x.contiguous(), h.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+    signs = torch.empty((*x.shape[:2], -(-x.shape[2] // 8)) if save else 0, dtype=torch.uint8)
+    address = _block(signs) if save else (0, 0)
+    scale = _scale(scale, scales, p, q, mean_subtract)
+    _C.residual_forward(DTYPES[x.dtype], *x.shape, *_block(x), *_block(h), *_block(y), *address, *scale)
+    return y, signs
+
+
+def scaled_residual_backward(
+    grad: Tensor,
+    signs: Tensor,
+    scale: float,
+    scales: Tensor | None,
+    p: float,
+    q: float,
+    mean_subtract: bool,
+) -> Tensor:
+    grad, out = grad.contiguous(), torch.empty(grad.shape, dtype=grad.dtype)
+    scale = _scale(scale, scales, p, q, mean_subtract)
+    blocks = _block(grad), _block(signs), _block(out)
+    _C.residual_backward(DTYPES[grad.dtype], *grad.shape, *sum(blocks, ()), *scale)
+    return out
+
+
+def residual_stack(
+    x: Tensor,
+    weight: Tensor,
+    scale: float,
+    scales: Tensor | None,
+    p: float,
+    q: float,
+    mean_subtract: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A vendor GEMM per layer; all that surrounds it in one native pass."""
+    members, rows, n = x.shape
+    depth, dtype = weight.shape[1], DTYPES[x.dtype]
+    x, y, h = x.contiguous(), torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
+    kept = depth if save else 0
+    inputs = torch.empty(members, kept, rows, n, dtype=x.dtype)
+    signs = torch.empty(members, kept, rows, (n + 7) // 8, dtype=torch.uint8)
+    scale = _scale(scale, scales, p, q, mean_subtract)
+    stream, address = x, (0, 0)
+    if save:
+        stream = inputs[:, 0].copy_(x)
+    for layer in range(depth):
+        torch.bmm(stream, weight[:, layer].mT, out=h)
+        into = inputs[:, layer + 1] if layer + 1 < kept else y
+        if save:
+            address = _block(signs[:, layer])
+        _C.residual_forward(
+            dtype, members, rows, n, *_block(stream), *_block(h), *_block(into), *address, *scale
+        )
+        stream = into
+    return y, inputs, signs
+
+
+def residual_stack_backward(
+    grad: Tensor,
+    weight: Tensor,
+    inputs: Tensor,
+    signs: Tensor,
+    scale: float,
+    scales: Tensor | None,
+    p: float,
+    q: float,
+    mean_subtract: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Backward-data layer by layer, then all weight gradients as one batched GEMM."""
+    g = grad.clone(memory_format=torch.contiguous_format)
+    members, depth, rows, n = inputs.shape
+    d = torch.empty(members, depth if weight_grad else 1, rows, n, dtype=grad.dtype)
+    scale, dtype = _scale(scale, scales, p, q, mean_subtract), DTYPES[grad.dtype]
+    for layer in reversed(range(depth)):
+        d_layer = d[:, layer if weight_grad else 0]
+        blocks = _block(g), _block(signs[:, layer]), _block(d_layer)
+        _C.residual_backward(dtype, members, rows, n, *sum(blocks, ()), *scale)
+        torch.baddbmm(g, d_layer, weight[:, layer], out=g)
+    if not weight_grad:
+        return g, weight.new_empty(0)
+    dw = torch.empty(members * depth, n, n, dtype=weight.dtype)
+    torch.bmm(d.flatten(0, 1).mT, inputs.flatten(0, 1), out=dw)
+    return g, dw.view(members, depth, n, n)
