@@ -166,19 +166,21 @@ def adamw_step_(
     rates = per_tensor(params, leading, lr, eps, weight_decay)
     tensors = zip(params, grads, exp_avgs, exp_avg_sqs, steps, rates, strict=True)
     for param, grad, m, v, step, (tensor_lr, tensor_eps, decay) in tensors:
-        dtype = m.dtype
+        dtype = stream_dtype(param.dtype)
         step += 1
-        t = step.double()
+        t = step.to(param.device, torch.float64)
         bias1, bias2 = 1 - beta1**t, 1 - beta2**t
         p, g = param.to(dtype), grad.to(dtype)
         if decoupled:
             p = p * (1 - tensor_lr * decay).to(dtype)
         else:
             g = g + decay.to(dtype) * p
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        denominator = v.sqrt() / bias2.sqrt().to(dtype) + tensor_eps.to(dtype)
-        param.copy_(p - (tensor_lr / bias1).to(dtype) * (m / denominator))
+        new_m = torch.lerp(m.to(dtype), g, 1 - beta1)
+        new_v = beta2 * v.to(dtype) + (1 - beta2) * g * g
+        denominator = new_v.sqrt() / bias2.sqrt().to(dtype) + tensor_eps.to(dtype)
+        param.copy_(p - (tensor_lr / bias1).to(dtype) * (new_m / denominator))
+        m.copy_(new_m)
+        v.copy_(new_v)
 
 
 def sgd_step_(
@@ -197,15 +199,16 @@ def sgd_step_(
     buffers = momentum_buffers or [None] * len(params)
     rates = per_tensor(params, leading, lr, weight_decay)
     for param, grad, buffer, (tensor_lr, decay) in zip(params, grads, buffers, rates, strict=True):
-        dtype = stream_dtype(param.dtype) if buffer is None else buffer.dtype
+        dtype = stream_dtype(param.dtype)
         p, g = param.to(dtype), grad.to(dtype)
         if decoupled:
             p = p * (1 - tensor_lr * decay).to(dtype)
         else:
             g = g + decay.to(dtype) * p
         if buffer is not None:
-            buffer.mul_(momentum).add_(g, alpha=1 - dampening)
-            g = g + momentum * buffer if nesterov else buffer
+            new_buffer = momentum * buffer.to(dtype) + (1 - dampening) * g
+            buffer.copy_(new_buffer)
+            g = g + momentum * new_buffer if nesterov else new_buffer
         param.copy_(p - tensor_lr.to(dtype) * g)
 
 

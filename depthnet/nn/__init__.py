@@ -1,0 +1,5 @@
+"""Modules."""
+
+from depthnet.nn.resnet import ResidualStack, ResNet
+
+__all__ = ["ResNet", "ResidualStack"]

@@ -1,0 +1,82 @@
+"""The layers around a residual stack, for one network or a population of networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def normal_(weight: Tensor, std: float, population: int | None, generator: Generators) -> None:
+    """Fill a weight with N(0, std^2), the members of a population one after another.
+
+    With a generator for each member, a member's weights are those of a single network drawn from the
+    same generator.
+    """
+    members = [weight] if population is None else weight.unbind(0)
+    each = generator if isinstance(generator, Sequence) else [generator] * len(members)
+    with torch.no_grad():
+        for member, member_generator in zip(members, each, strict=True):
+            if std:
+                member.normal_(0.0, std, generator=member_generator)
+            else:
+                member.zero_()
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias, one W for each member of a population.
+
+    Input (*P, B, in_features), or (B, in_features) for all members alike; weight (*P, out_features,
+    in_features); output (*P, B, out_features).
+    """
+
+    def __init__(self, in_features, out_features, std, *, population=None, device=None, dtype=None):
+        super().__init__()
+        self.std, self.population = std, population
+        lead = () if population is None else (population,)
+        self.weight = nn.Parameter(
+            torch.empty(*lead, out_features, in_features, device=device, dtype=dtype)
+        )
+
+    def reset_parameters(self, generator: Generators = None) -> None:
+        normal_(self.weight, self.std, self.population, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.mT
+
+    def extra_repr(self) -> str:
+        return f"weight={tuple(self.weight.shape)}, std={self.std:.4g}"
+
+
+class EmbeddingSum(nn.Module):
+    """A Linear layer on inputs of zeros and a few ones, given by the indices of the ones.
+
+    Input int64 (*P, B, active), or (B, active) for all members alike; weight (*P, in_features,
+    out_features), a row for each feature; output (*P, B, out_features), the sum of the named rows.
+    """
+
+    def __init__(self, in_features, out_features, std, *, population=None, device=None, dtype=None):
+        super().__init__()
+        self.std, self.population = std, population
+        lead = () if population is None else (population,)
+        self.weight = nn.Parameter(
+            torch.empty(*lead, in_features, out_features, device=device, dtype=dtype)
+        )
+
+    def reset_parameters(self, generator: Generators = None) -> None:
+        normal_(self.weight, self.std, self.population, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.population is not None:
+            offset = torch.arange(self.population, device=x.device) * self.weight.shape[1]
+            x = x + offset[:, None, None]
+        rows = nn.functional.embedding_bag(
+            x.flatten(0, -2), self.weight.view(-1, self.weight.shape[-1]), mode="sum"
+        )
+        return rows.view(*x.shape[:-1], -1)
+
+    def extra_repr(self) -> str:
+        return f"weight={tuple(self.weight.shape)}, std={self.std:.4g}"

@@ -1,0 +1,161 @@
+"""The files and the table of a depth-transfer study."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+
+from depthnet._checks import optional_import
+from depthnet.sweep import analysis
+from depthnet.sweep.store import Store, replacing
+from depthnet.sweep.transfer import JobResult, TransferSettings
+from depthnet.training.population import SECTIONS
+
+
+def write(results: list[JobResult], settings: TransferSettings, store: Store) -> dict:
+    """Write results.csv, summary.json and transfer.png; returns the summary."""
+    table = io.StringIO()
+    rows = analysis.rows(results, settings)
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    store.write_text("results.csv", table.getvalue())
+    summary = {
+        "settings": json.loads((store.out / "settings.json").read_text()),
+        "parametrizations": analysis.summarise(results, settings),
+        "seconds": time_split(results),
+    }
+    store.write_text("summary.json", json.dumps(_plain(summary), indent=2) + "\n")
+    with replacing(store.out / "transfer.png") as temporary:
+        picture(results, settings).savefig(temporary, format="png", dpi=150)
+    return summary
+
+
+def time_split(results: list[JobResult]) -> dict[str, float]:
+    """Seconds of training, by section, over all jobs."""
+    return {name: sum(result.seconds[name] for result in results) for name in SECTIONS}
+
+
+def _plain(value):
+    """JSON has no infinity and no NaN: they become the text "inf" and null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "inf" if value > 0 else "-inf"
+    return value
+
+
+def table(summary: dict):
+    """A rich table of the optima, the best losses and the regret."""
+    rich_table = optional_import("rich.table", "cli", "printing a table")
+    parametrizations = summary["parametrizations"]
+    parts = list(next(iter(parametrizations.values()))["slices"])
+    columns = rich_table.Table(
+        title="log2 of the best learning rate over slices of training; loss and regret over the last fifth",
+        caption="± standard deviation over seeds; * lowest point at the edge of the grid",
+    )
+    columns.add_column("parametrization")
+    columns.add_column("depth", justify="right")
+    for part in parts:
+        columns.add_column(part, justify="right")
+    columns.add_column("best loss", justify="right")
+    columns.add_column("regret", justify="right")
+    for name, record in parametrizations.items():
+        heading = f"{name} ({record['alpha']:g}, {record['gamma']:g})"
+        for depth in record["slices"][parts[-1]]["depths"]:
+            cells = [record["slices"][part]["depths"][depth] for part in parts]
+            optima = [
+                "diverged"
+                if math.isnan(cell["optimum_log2_lr"])
+                else f"{cell['optimum_log2_lr']:.2f}"
+                + ("" if math.isnan(cell["spread"]) else f" ± {cell['spread']:.2f}")
+                + ("*" if cell["at_edge"] else "")
+                for cell in cells
+            ]
+            losses = [f"{cells[-1][key]:.3f}" for key in ("best_loss", "regret")]
+            columns.add_row(heading, depth, *optima, *losses)
+            heading = ""
+        columns.add_section()
+    return columns
+
+
+def picture(results: list[JobResult], settings: TransferSettings):
+    """One panel a parametrization, one curve a depth, minima marked; the last fifth of training."""
+    optional_import("matplotlib", "plot", "drawing the picture")
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+
+    part = analysis.slices(settings.steps)[-1]
+    panels = {
+        name: analysis.curves(
+            [result for result in results if result.job.parametrization.name == name], settings, part
+        )
+        for name in settings.parametrizations
+    }
+    exponents = {result.job.parametrization.name: result.job.parametrization for result in results}
+    finite = [
+        value
+        for found in panels.values()
+        for curve in found
+        for value in curve.mean
+        if math.isfinite(value)
+    ]
+    low, high = (min(finite), max(finite)) if finite else (1.0, 1.0)
+    # Diverging runs may pass through any loss; what lies above this line is drawn on it.
+    ceiling = min(high, low * 2) * 1.02
+    columns = min(len(panels), 4)
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(1.2 + 3.1 * columns, 1.1 + 3.1 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    depths = sorted(settings.depths)
+    colours = matplotlib.colormaps["viridis"].resampled(max(len(depths), 2))
+    for axis, (name, found) in zip(axes, panels.items(), strict=False):
+        for curve in found:
+            colour = colours(depths.index(curve.depth) / max(len(depths) - 1, 1) * 0.9)
+            shown = curve.mean.clip(max=ceiling)
+            axis.plot(settings.grid, shown, color=colour, marker=".", label=f"{curve.depth}")
+            lost = curve.mean > ceiling
+            axis.plot(
+                settings.grid[lost], shown[lost], "x", color=colour, clip_on=False, markersize=7, zorder=3
+            )
+            if math.isfinite(curve.optimum.log2_lr):
+                axis.plot(
+                    curve.optimum.log2_lr,
+                    curve.best,
+                    marker="*",
+                    markersize=13,
+                    color=colour,
+                    markeredgecolor="black",
+                    markeredgewidth=0.7,
+                    linestyle="none",
+                    zorder=4,
+                )
+        alpha, gamma = exponents[name].alpha, exponents[name].gamma
+        axis.set_title(f"{name}\n" + rf"$\alpha={alpha:g},\ \gamma={gamma:g}$", fontsize=11)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.minorticks_off()
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axis.xaxis.set_major_formatter(lambda value, _: f"$2^{{{value:g}}}$")
+        axis.grid(alpha=0.3)
+        axis.set_ylim(low / 1.02, ceiling)
+    for axis in list(axes)[len(panels) :]:
+        axis.set_visible(False)
+    swept = "blocks" if settings.sweep == "hidden" else "all layers"
+    figure.supxlabel(f"learning rate of the {swept}, at depth {settings.base_depth}")
+    figure.supylabel(f"training loss, steps {part.start} to {part.end}")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, title="depth", loc="outside right center", frameon=False)
+    figure.suptitle(
+        f"Depth transfer on {settings.data}: width {settings.width}, φ = {settings.activation}, "
+        f"{settings.seeds} seed{'s' * (settings.seeds > 1)} (★ optimum, × diverged or off the scale)",
+        fontsize=11,
+    )
+    return figure

@@ -1,0 +1,115 @@
+"""The classification of depthwise parametrizations of one-layer residual blocks.
+
+Claims 7.1 to 7.6 of Tensor Programs VI (arXiv 2310.02244), in the limit of infinite width, then
+infinite depth: x^l = x^{l-1} + a L^-alpha MS(phi(W^l x^{l-1})), learning rates of W^l ∝ L^-gamma
+relative to gradients of size 1 (which is Adam's learning rate).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Properties of the limit; None where the claims say nothing because an earlier one fails.
+
+    stable_at_initialization: activations and outputs stay O(1) (claim 7.1).
+    stable_in_training: so do their changes, at every step (7.2).
+    nontrivial: the outputs change at all (7.2).
+    faithful: every pre-activation stays of size 1, at initialisation and in training (7.3).
+    feature_learning: features change by Theta(1) at every depth.
+    diversity_exponent: kappa, with ||x^((s+e)L) - x^(sL)|| of order e^(1-kappa) (7.4, 7.5).
+    layerwise_linearization: each layer acts as its linearisation in its weights' update (7.6).
+    summary: one phrase; explanation: a sentence or two.
+    """
+
+    alpha: float
+    gamma: float
+    stable_at_initialization: bool
+    stable_in_training: bool | None
+    nontrivial: bool | None
+    faithful: bool | None
+    feature_learning: bool | None
+    diversity_exponent: float | None
+    layerwise_linearization: bool | None
+    summary: str
+    explanation: str
+
+    @property
+    def redundant(self) -> bool | None:
+        """Whether neighbouring layers do the same thing: kappa = 0 (claim 7.4)."""
+        return None if self.diversity_exponent is None else self.diversity_exponent == 0
+
+
+def classify(alpha: float, gamma: float) -> Classification:
+    """Classify branch multiplier ∝ L^-alpha with (Adam) learning rate ∝ L^-gamma, block depth 1.
+
+    Raises:
+        ValueError: an exponent is not a finite number.
+    """
+    for argument, value in (("alpha", alpha), ("gamma", gamma)):
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{argument} must be a finite number, got {value!r}")
+    tolerance = 1e-9  # exponents such as 0.7 + 0.3 are meant to lie on the line
+    total = alpha + gamma
+    stable_start = alpha >= 0.5 - tolerance
+    stable = total >= 1 - tolerance if stable_start else None
+    nontrivial = total <= 1 + tolerance if stable_start else None
+    on_line = bool(stable and nontrivial)
+    faithful = alpha <= 1 + tolerance if on_line else None
+    half, one = abs(alpha - 0.5) <= tolerance, abs(alpha - 1) <= tolerance
+    summary, explanation = _words(alpha, stable_start, stable, nontrivial, faithful, half, one)
+    return Classification(
+        alpha=alpha,
+        gamma=gamma,
+        stable_at_initialization=stable_start,
+        stable_in_training=stable,
+        nontrivial=nontrivial,
+        faithful=faithful,
+        feature_learning=True if faithful else None,
+        diversity_exponent=(0.5 if half else 0.0) if faithful else None,
+        layerwise_linearization=(faithful and not one) if on_line else None,
+        summary=summary,
+        explanation=explanation,
+    )
+
+
+def _words(alpha, stable_start, stable, nontrivial, faithful, half, one) -> tuple[str, str]:
+    if not stable_start:
+        return "unstable at initialization", (
+            "Branches are too strong: L independent branches of size L^-alpha add up to more than "
+            "Theta(1), and activations explode with depth before any training (alpha < 1/2)."
+        )
+    if not stable:
+        return "unstable in training", (
+            "Learning rates are too large: L updates, each of size L^-(alpha+gamma), point the same "
+            "way and explode with depth (alpha + gamma < 1)."
+        )
+    if not nontrivial:
+        return "trivial", (
+            "Learning rates are too small: the sum of L updates of size L^-(alpha+gamma) vanishes, "
+            "and the output does not change (alpha + gamma > 1)."
+        )
+    if not faithful:
+        return "unfaithful", (
+            "gamma < 0: the weights' updates grow with depth and pre-activations blow up in training, "
+            "although the branches are scaled down enough to hide it (alpha > 1)."
+        )
+    if half:
+        return "feature learning with maximal feature diversity (Depth-muP)", (
+            "The one parametrization that is stable, nontrivial and faithful, learns features, and "
+            "keeps neighbouring layers as different as a Brownian path's increments: "
+            "||x^((s+e)L) - x^(sL)|| is of order e^(1/2). Hyperparameters transfer across depth."
+        )
+    if one:
+        return "feature learning, redundant in depth (ODE limit)", (
+            "The network becomes an ordinary differential equation in depth: neighbouring layers do "
+            "the same thing, and features forget the blocks' random initialisation. Each layer stays "
+            "nonlinear in its weights' update."
+        )
+    return "feature learning, redundant in depth", (
+        "Neighbouring layers do the same thing (increments of order e), and each layer acts as its "
+        "linearisation in its weights' update (1/2 < alpha < 1)."
+    )

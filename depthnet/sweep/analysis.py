@@ -1,0 +1,206 @@
+"""What the curves of a depth-transfer study say: optima, shifts, regret, verdicts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from depthnet.sweep.transfer import JobResult, TransferSettings
+
+# A parametrization transfers if its optimum moves by less than a quarter octave per doubling of depth
+# (half of what a learning rate exponent that is wrong by 1/2 makes), and if the learning rate tuned at
+# the base depth costs at most one percent of the loss at every other depth.
+DRIFT_LIMIT = 0.25
+REGRET_LIMIT = 0.01
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Training steps start .. end-1, whose losses are averaged."""
+
+    name: str
+    start: int
+    end: int
+
+
+def slices(steps: int) -> list[Slice]:
+    half, fifth = steps // 2, steps - steps // 5
+    return [
+        Slice("first half", 0, half),
+        Slice("second half", half, steps),
+        Slice("last fifth", fifth, steps),
+    ]
+
+
+def slice_losses(losses: np.ndarray, part: Slice) -> np.ndarray:
+    """Mean loss of each member over a slice; infinite if any loss in it, or before it, is not finite."""
+    mean = losses[part.start : part.end].mean(0, dtype=np.float64)
+    return np.where(np.isfinite(losses[: part.end]).all(0), mean, np.inf)
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The minimum of a curve: where (log2 of the learning rate), and whether the lowest point is the
+    first or last of the grid, so that the minimum may lie beyond it."""
+
+    log2_lr: float
+    at_edge: bool
+
+
+def optimum(log2_lr: np.ndarray, losses: np.ndarray) -> Optimum:
+    """The minimum of the parabola through the three lowest points of a curve on an even grid.
+
+    It is kept within half a grid step of the lowest point, where it always is if that point lies between
+    the other two; without three finite losses that bend upwards it is the lowest point itself.  NaN
+    if no loss is finite.
+    """
+    order = np.argsort(losses, kind="stable")
+    lowest = order[0]
+    if not np.isfinite(losses[lowest]):
+        return Optimum(math.nan, False)
+    at_edge = bool(lowest in (0, len(losses) - 1))
+    position = float(log2_lr[lowest])
+    if len(losses) >= 3 and np.isfinite(losses[order[2]]):
+        curvature, slope, _ = np.polyfit(log2_lr[order[:3]] - position, losses[order[:3]], 2)
+        half_step = (log2_lr[1] - log2_lr[0]) / 2
+        if curvature > 0:
+            position += float(np.clip(-slope / (2 * curvature), -half_step, half_step))
+    return Optimum(position, at_edge)
+
+
+def rows(results: list[JobResult], settings: TransferSettings) -> list[dict]:
+    """One row a run and slice, for results.csv."""
+    return [
+        {
+            "parametrization": result.job.parametrization.name,
+            "alpha": result.job.parametrization.alpha,
+            "gamma": result.job.parametrization.gamma,
+            "activation": settings.activation,
+            "width": settings.width,
+            "depth": result.job.depth,
+            "log2_lr": float(result.job.log2_lr[member]),
+            "seed": int(result.job.seed[member]),
+            "step_from": part.start,
+            "step_to": part.end,
+            "loss": float(loss),
+            "diverged": int(not math.isfinite(loss)),
+        }
+        for result in results
+        for part in slices(settings.steps)
+        for member, loss in enumerate(slice_losses(result.losses, part))
+    ]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss against learning rate at one depth, over one slice of training.
+
+    losses: (seeds, grid); mean: over the seeds, infinite where any diverged.
+    optimum: of the mean curve; spread: standard deviation of the seeds' own optima (NaN for one seed).
+    best: the mean curve's lowest loss on the grid.
+    regret: loss at the grid's best learning rate of the base depth, less `best`.
+    """
+
+    depth: int
+    losses: np.ndarray
+    mean: np.ndarray
+    optimum: Optimum
+    spread: float
+    best: float
+    regret: float
+
+
+def curves(results: list[JobResult], settings: TransferSettings, part: Slice) -> list[Curve]:
+    """The curves of one parametrization, one for each depth."""
+    by_depth = {
+        result.job.depth: slice_losses(result.losses, part).reshape(settings.seeds, -1)
+        for result in results
+    }
+    tuned = int(np.argmin(by_depth[settings.base_depth].mean(0)))
+    found = []
+    for depth, losses in by_depth.items():
+        mean = losses.mean(0)
+        optima = [optimum(settings.grid, one).log2_lr for one in losses]
+        best = float(mean.min())
+        regret = float(mean[tuned]) - best if math.isfinite(best) else math.inf
+        spread = float(np.std(optima, ddof=1)) if len(optima) > 1 else math.nan
+        found.append(Curve(depth, losses, mean, optimum(settings.grid, mean), spread, best, regret))
+    return found
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a parametrization's learning rate transfers, over one slice of training.
+
+    shift: octaves between the optima of the base depth and of the greatest depth.
+    drift: octaves per doubling of depth, the slope of a least-squares line through all optima.
+    worst_regret: the greatest regret over the depths, as a part of the best loss there.
+    """
+
+    transfers: bool
+    shift: float
+    drift: float
+    worst_regret: float
+    words: str
+
+
+def verdict(found: list[Curve], base_depth: int) -> Verdict:
+    at = {curve.depth: curve.optimum.log2_lr for curve in found}
+    deepest = max(at)
+    shift = at[deepest] - at[base_depth]
+    known = [(math.log2(depth), value) for depth, value in at.items() if math.isfinite(value)]
+    drift = float(np.polyfit(*zip(*known, strict=True), 1)[0]) if len(known) > 1 else math.nan
+    worst = max(found, key=lambda curve: curve.regret / curve.best if curve.regret else 0.0)
+    worst_regret = worst.regret / worst.best if worst.regret else 0.0
+    edges = [curve.depth for curve in found if curve.optimum.at_edge]
+    lost = [curve.depth for curve in found if not math.isfinite(curve.best)]
+    if len(found) == 1:
+        return Verdict(False, shift, drift, worst_regret, "one depth says nothing of transfer")
+    transfers = abs(drift) <= DRIFT_LIMIT and worst_regret <= REGRET_LIMIT and not lost
+    costs = "diverges" if math.isinf(worst_regret) else f"costs {100 * worst_regret:.1f} % of the loss"
+    words = (
+        f"{'transfers' if transfers else 'does not transfer'}: the optimum moves by {shift:+.2f} octaves "
+        f"from depth {base_depth} to {deepest} ({drift:+.2f} per doubling), and the learning rate tuned "
+        f"at depth {base_depth} {costs} at depth {worst.depth}, where it does worst"
+    )
+    if lost:
+        words += f"; every learning rate diverges at depth {', '.join(map(str, lost))}"
+    if edges:
+        words += (
+            f"; at depth {', '.join(map(str, edges))} the lowest point is at the edge of the grid, so "
+            "the optimum may lie beyond it"
+        )
+    return Verdict(transfers, shift, drift, worst_regret, words)
+
+
+def summarise(results: list[JobResult], settings: TransferSettings) -> dict:
+    """summary.json: for each parametrization and slice the verdict and a record for each depth."""
+    summary = {}
+    for name in settings.parametrizations:
+        own = [result for result in results if result.job.parametrization.name == name]
+        parametrization = own[0].job.parametrization
+        summary[name] = {"alpha": parametrization.alpha, "gamma": parametrization.gamma, "slices": {}}
+        for part in slices(settings.steps):
+            found = curves(own, settings, part)
+            judged = verdict(found, settings.base_depth)
+            summary[name]["slices"][part.name] = {
+                "steps": [part.start, part.end],
+                "transfers": judged.transfers,
+                "verdict": judged.words,
+                "shift_octaves": judged.shift,
+                "drift_octaves_per_doubling": judged.drift,
+                "worst_relative_regret": judged.worst_regret,
+                "depths": {
+                    str(curve.depth): {
+                        "optimum_log2_lr": curve.optimum.log2_lr,
+                        "at_edge": curve.optimum.at_edge,
+                        "spread": curve.spread,
+                        "best_loss": curve.best,
+                        "regret": curve.regret,
+                    }
+                    for curve in found
+                },
+            }
+    return summary

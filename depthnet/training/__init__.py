@@ -1,0 +1,5 @@
+"""Training loops."""
+
+from depthnet.training.population import PopulationTrainer
+
+__all__ = ["PopulationTrainer"]

@@ -1,0 +1,101 @@
+"""Training a population of networks: one tensor program for all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from depthnet.data import Dataset
+from depthnet.nn import ResNet
+from depthnet.optim.base import ScaledOptimizer
+
+SECTIONS = ("data", "forward", "backward", "optimizer")
+
+
+class PopulationTrainer:
+    """Trains the members of a population side by side and records every training loss.
+
+    Members share nothing: the loss that is differentiated is the sum of theirs.  Batches are a
+    function of (seed, step), so that `state_dict` and `load_state_dict` resume exactly.
+
+    Args:
+        model: a network with a population of P members.
+        optimizer: over the model's parameters.
+        data: where batches come from.
+        seeds: the stream of batches of each member; members with equal seeds see equal batches.
+        batch_size: samples a member and step. steps: the number of steps in all.
+
+    Attributes:
+        losses: float32 (steps, P), the mean cross-entropy of each batch; NaN where not yet trained.
+        step: steps done. seconds: time spent in each of SECTIONS.
+    """
+
+    def __init__(
+        self,
+        model: ResNet,
+        optimizer: ScaledOptimizer,
+        data: Dataset,
+        seeds: Sequence[int],
+        batch_size: int,
+        steps: int,
+    ):
+        if model.population != len(seeds):
+            raise ValueError(f"seeds must have {model.population} entries, got {len(seeds)}")
+        self.model, self.optimizer, self.data = model, optimizer, data
+        self.batch_size, self.steps, self.step = batch_size, steps, 0
+        self.device = model.output.weight.device
+        self.streams = sorted(set(seeds))
+        members = torch.tensor([self.streams.index(seed) for seed in seeds])
+        self.members = members.to(self.device)
+        self.losses = np.full((steps, len(seeds)), np.nan, np.float32)
+        self.seconds = dict.fromkeys(SECTIONS, 0.0)
+
+    @contextmanager
+    def _timed(self, section: str):
+        start = time.perf_counter()
+        yield
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        self.seconds[section] += time.perf_counter() - start
+
+    def _batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        batches = [self.data.batch(seed, self.step, self.batch_size) for seed in self.streams]
+        x, y = (torch.stack(parts).to(self.device) for parts in zip(*batches, strict=True))
+        return x[self.members], y[self.members]
+
+    def train_step(self) -> np.ndarray:
+        """One step of every member; returns the losses (P,) of the batches before the update."""
+        with self._timed("data"):
+            x, y = self._batch()
+        with self._timed("forward"):
+            logits = self.model(x)
+            samples = functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+            losses = samples.view(y.shape).mean(1)
+        with self._timed("backward"):
+            self.optimizer.zero_grad()
+            losses.sum().backward()
+        with self._timed("optimizer"):
+            self.optimizer.step()
+        self.losses[self.step] = losses.detach().float().cpu().numpy()
+        self.step += 1
+        return self.losses[self.step - 1]
+
+    def state_dict(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "losses": torch.from_numpy(self.losses[: self.step].copy()),
+            "seconds": dict(self.seconds),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = len(state["losses"])
+        self.losses[: self.step] = state["losses"].numpy()
+        self.seconds = dict(state["seconds"])
