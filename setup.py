@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-PER_ISA = ["csrc/cpu/residual.cpp"]
+PER_ISA = ["csrc/cpu/residual.cpp", "csrc/cpu/optimizer.cpp"]
 ISAS = {"baseline": []}
 if X86:
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -55,8 +55,9 @@ class BuildNative(build_ext):
 
         include_dirs = [str(ROOT / "csrc"), pybind11.get_include(), *self.compiler.include_dirs]
         common = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
-        # Vectors of the widest kind never cross a translation unit: their ABI does not matter.
-        common += ["-Wno-psabi", "-Wno-unknown-warning-option"]
+        # Vectors never cross a translation unit, so their ABI does not matter; GCC 12 warns of
+        # uninitialised variables inside its own AVX-512 headers (its bug 105593).
+        common += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
         macros = [(f"DEPTHNET_HAVE_{name.upper()}", "1") for name in ISAS]
 
         def compile_all(sources, folder, flags, more_macros=()):

@@ -37,6 +37,11 @@ def unsupported(op: str, *tensors: Tensor) -> list[str]:
         if tensor.device.type != "cpu":
             reasons.append(f"a tensor is on {tensor.device}")
             break
+    if op.endswith("step_") and tensors:
+        if any(tensor.dtype != tensors[0].dtype for tensor in tensors):
+            reasons.append("the tensors differ in dtype")
+        if not all(tensor.is_contiguous() for tensor in tensors):
+            reasons.append("a tensor is not contiguous")
     if op == "residual_stack" and any(tensor.dtype not in STACK_DTYPES for tensor in tensors):
         reasons.append("residual_stack has native CPU kernels for float32 and float64 only")
     return reasons
@@ -151,3 +156,64 @@ def residual_stack_backward(
     dw = torch.empty(members * depth, n, n, dtype=weight.dtype)
     torch.bmm(d.flatten(0, 1).mT, inputs.flatten(0, 1), out=dw)
     return g, dw.view(members, depth, n, n)
+
+
+def _parameters(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[list[Tensor]],
+    steps: list[Tensor],
+    leading: list[int],
+) -> Tensor:
+    """The table of csrc/bindings.cpp: a row of addresses and sizes for each parameter."""
+    columns = [[tensor.data_ptr() for tensor in tensors] for tensors in (params, grads, *states)]
+    columns += [[0] * len(params)] * (2 - len(states))
+    columns += [[step.data_ptr() for step in steps] or [0] * len(params)]
+    columns += [[param.numel() for param in params]]
+    columns += [[param.shape[:dims].numel() for param, dims in zip(params, leading, strict=True)]]
+    return torch.tensor(list(zip(*columns, strict=True)), dtype=torch.int64)
+
+
+def adamw_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    lr: Tensor,
+    eps: Tensor,
+    weight_decay: Tensor,
+    leading: list[int],
+    beta1: float,
+    beta2: float,
+    decoupled: bool,
+) -> None:
+    table = _parameters(params, grads, [exp_avgs, exp_avg_sqs], steps, leading)
+    rates = [rate.contiguous() for rate in (lr, eps, weight_decay)]
+    _C.adamw_step(
+        DTYPES[params[0].dtype],
+        *(table.data_ptr(), len(params), *(rate.data_ptr() for rate in rates)),
+        *(beta1, beta2, decoupled, torch.get_num_threads()),
+    )
+
+
+def sgd_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    lr: Tensor,
+    weight_decay: Tensor,
+    leading: list[int],
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    decoupled: bool,
+) -> None:
+    states = [momentum_buffers] if momentum_buffers else []
+    table = _parameters(params, grads, states, [], leading)
+    rates = [rate.contiguous() for rate in (lr, weight_decay)]
+    _C.sgd_step(
+        DTYPES[params[0].dtype],
+        *(table.data_ptr(), len(params), *(rate.data_ptr() for rate in rates)),
+        *(momentum, dampening, nesterov, decoupled, torch.get_num_threads()),
+    )

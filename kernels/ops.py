@@ -395,12 +395,14 @@ def residual_stack(
 # ---- optimizer steps ----
 
 
-def _adamw_step(params, *args):
-    _select("adamw_step_", *params).adamw_step_(params, *args)
+def _adamw_step(params, grads, exp_avgs, exp_avg_sqs, *args):
+    backend = _select("adamw_step_", *params, *grads, *exp_avgs, *exp_avg_sqs)
+    backend.adamw_step_(params, grads, exp_avgs, exp_avg_sqs, *args)
 
 
-def _sgd_step(params, *args):
-    _select("sgd_step_", *params).sgd_step_(params, *args)
+def _sgd_step(params, grads, momentum_buffers, *args):
+    backend = _select("sgd_step_", *params, *grads, *momentum_buffers)
+    backend.sgd_step_(params, grads, momentum_buffers, *args)
 
 
 def _no_output(*args):

@@ -1,17 +1,31 @@
 #include "kernels.h"
 
 namespace depthnet {
+namespace {
+
+#define DEPTHNET_ISA_TABLE(isa) \
+  Isa{#isa, isa::residual_forward, isa::residual_backward, isa::adamw_step, isa::sgd_step}
+
+const Isa kIsas[] = {
+    DEPTHNET_ISA_TABLE(baseline),
+#ifdef DEPTHNET_HAVE_AVX512
+    DEPTHNET_ISA_TABLE(avx2),
+    DEPTHNET_ISA_TABLE(avx512),
+#endif
+};
+
+}  // namespace
 
 int available_isas(const Isa* out[3]) {
   int count = 0;
-  out[count++] = &baseline::isa;
+  out[count++] = &kIsas[0];
 #ifdef DEPTHNET_HAVE_AVX512
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
-    out[count++] = &avx2::isa;
+    out[count++] = &kIsas[1];
   if (count == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    out[count++] = &avx512::isa;
+    out[count++] = &kIsas[2];
 #endif
   return count;
 }

@@ -26,16 +26,42 @@ struct Residual {
 // Handles the rows begin .. end of members * rows.
 using ResidualKernel = void (*)(const Residual&, int64_t begin, int64_t end);
 
-struct Isa {
-  const char* name;
-  ResidualKernel residual_forward[kDTypes];
-  ResidualKernel residual_backward[kDTypes];
+// A run of elements that share their rates, within one tensor.  Offsets are in elements.
+struct Chunk {
+  void* param;
+  const void* grad;
+  void* state[2];  // Adam: exp_avg, exp_avg_sq; SGD: momentum buffer or null
+  int64_t begin, end;
+  double lr, eps, weight_decay, step;  // step: after this step, from 1 (Adam)
 };
 
-namespace baseline { extern const Isa isa; }
+struct StepOptions {
+  double beta1, beta2;                   // Adam
+  double momentum, dampening;            // SGD
+  bool nesterov, decoupled;
+};
+
+using StepKernel = void (*)(const Chunk&, const StepOptions&);
+
+struct Isa {
+  const char* name;
+  const ResidualKernel* residual_forward;   // each an array over the dtypes
+  const ResidualKernel* residual_backward;
+  const StepKernel* adamw_step;
+  const StepKernel* sgd_step;
+};
+
+#define DEPTHNET_DECLARE_ISA(isa)                              \
+  namespace isa {                                              \
+  extern const ResidualKernel residual_forward[kDTypes];       \
+  extern const ResidualKernel residual_backward[kDTypes];      \
+  extern const StepKernel adamw_step[kDTypes];                 \
+  extern const StepKernel sgd_step[kDTypes];                   \
+  }
+DEPTHNET_DECLARE_ISA(baseline)
 #ifdef DEPTHNET_HAVE_AVX512
-namespace avx2 { extern const Isa isa; }
-namespace avx512 { extern const Isa isa; }
+DEPTHNET_DECLARE_ISA(avx2)
+DEPTHNET_DECLARE_ISA(avx512)
 #endif
 
 // The sets that this CPU can run, narrowest first; returns their number.

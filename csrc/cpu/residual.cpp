@@ -8,19 +8,6 @@ namespace depthnet {
 namespace DEPTHNET_ISA {
 namespace {
 
-// Elements a step: the signs of one step are one 32-bit store.
-constexpr int64_t kStep = 32;
-
-// The last, incomplete step of a row, padded with zeros, so that no step tests lengths.
-template <class T>
-struct Padded {
-  alignas(64) T values[kStep];
-  Padded(const T* from, int64_t valid) {
-    std::memset(values, 0, sizeof values);
-    std::memcpy(values, from, size_t(valid) * sizeof(T));
-  }
-};
-
 // Bits of h >= 0 for one step, and phi(h) added to the partial sums.
 template <class T, class C = Compute<T>>
 uint32_t sign_step(const T* h, Vec<C> p, Vec<C> minus_q, Vec<C>* partial) {
@@ -129,17 +116,12 @@ void backward(const Residual& r, int64_t begin, int64_t end) {
   }
 }
 
-#define DEPTHNET_STRING_(x) #x
-#define DEPTHNET_STRING(x) DEPTHNET_STRING_(x)
-
 }  // namespace
 
-extern const Isa isa;
-const Isa isa = {
-    DEPTHNET_STRING(DEPTHNET_ISA),
-    {forward<float>, forward<double>, forward<bfloat16>, forward<float16>},
-    {backward<float>, backward<double>, backward<bfloat16>, backward<float16>},
-};
+const ResidualKernel residual_forward[kDTypes] = {forward<float>, forward<double>,
+                                                  forward<bfloat16>, forward<float16>};
+const ResidualKernel residual_backward[kDTypes] = {backward<float>, backward<double>,
+                                                   backward<bfloat16>, backward<float16>};
 
 }  // namespace DEPTHNET_ISA
 }  // namespace depthnet

@@ -89,6 +89,31 @@ template <class C> static inline C sum(Vec<C> v) {
   return lanes[0];
 }
 
+static inline Vec<float> square_root(Vec<float> v) {
+#if defined(DEPTHNET_ISA_AVX512)
+  return Vec<float>(_mm512_sqrt_ps(__m512(v)));
+#elif defined(DEPTHNET_ISA_AVX2)
+  return Vec<float>(_mm256_sqrt_ps(__m256(v)));
+#elif defined(__x86_64__)
+  return Vec<float>(_mm_sqrt_ps(__m128(v)));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+static inline Vec<double> square_root(Vec<double> v) {
+#if defined(DEPTHNET_ISA_AVX512)
+  return Vec<double>(_mm512_sqrt_pd(__m512d(v)));
+#elif defined(DEPTHNET_ISA_AVX2)
+  return Vec<double>(_mm256_sqrt_pd(__m256d(v)));
+#elif defined(__x86_64__)
+  return Vec<double>(_mm_sqrt_pd(__m128d(v)));
+#else
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+#endif
+}
+
 // Unaligned loads and stores, converting between the storage and the compute type.
 template <class C> static inline Vec<C> load(const C* from) {
   Vec<C> v;
@@ -155,6 +180,19 @@ static inline void store(float16* to, Vec<float> v) {
   std::memcpy(to, &packed, sizeof packed);
 }
 #endif
+
+// Kernels go through memory in steps of this many elements (whose signs are one 32-bit word).
+constexpr int64_t kStep = 32;
+
+// The last, incomplete step, padded with zeros, so that no step tests lengths.
+template <class T>
+struct Padded {
+  alignas(64) T values[kStep];
+  Padded(const T* from, int64_t valid) {
+    std::memset(values, 0, sizeof values);
+    std::memcpy(values, from, size_t(valid) * sizeof(T));
+  }
+};
 
 }  // namespace DEPTHNET_ISA
 }  // namespace depthnet
