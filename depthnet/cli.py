@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", default="runs/transfer", metavar="DIR",
         help="results go here; a study that was stopped goes on from here")  # fmt: skip
 
-    classify = verbs.add_parser("classify", help="what the infinite-depth limit of (ALPHA, GAMMA) is")
+    classify = verbs.add_parser(
+        "classify", help="what the infinite-depth limit of (ALPHA, GAMMA) is"
+    )
     classify.set_defaults(run=run_classify)
     classify.add_argument("alpha", type=float, help="branch multiplier ∝ depth^-ALPHA")
     classify.add_argument("gamma", type=float, help="Adam learning rate ∝ depth^-GAMMA")
@@ -86,7 +88,9 @@ def run_transfer(options: argparse.Namespace) -> int:
     from depthnet.sweep.store import Store
 
     chosen = {field.name: getattr(options, field.name) for field in fields(sweep.TransferSettings)}
-    chosen = {key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()}
+    chosen = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()
+    }
     settings = sweep.TransferSettings(**chosen)
     data = load(settings.data, settings.data_dir)
     store = Store(options.out, sweep.record(settings, data))
@@ -178,7 +182,9 @@ def run_classify(options: argparse.Namespace) -> int:
         if (preset.alpha, preset.gamma) == (found.alpha, found.gamma)
     ]
     called = f" ({', '.join(presets)})" if presets else ""
-    console.print(f"[bold]alpha={found.alpha:g}, gamma={found.gamma:g}[/bold]{called}: {found.summary}")
+    console.print(
+        f"[bold]alpha={found.alpha:g}, gamma={found.gamma:g}[/bold]{called}: {found.summary}"
+    )
     grid = optional_import("rich.table", "cli", "the command line").Table.grid(padding=(0, 2))
     words = {True: "yes", False: "no", None: "-"}
     for label, value in (
@@ -221,7 +227,9 @@ def run_doctor(options: argparse.Namespace) -> int:
         mark = "[green]active[/green]  " if status.active else "[yellow]inactive[/yellow]"
         console.print(f"  {status.name:<10} {mark} ", end="")
         console.print(text, highlight=False, markup=False)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
     where = f"{accelerator}, on the reference backend" if accelerator else "none found"
     console.print(f"  accelerator: {where}", highlight=False)
     for requirement in ("triton", "matplotlib", "scikit-learn", "optuna", "rich"):

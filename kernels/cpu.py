@@ -76,7 +76,9 @@ def scaled_residual(
     signs = torch.empty((*x.shape[:2], -(-x.shape[2] // 8)) if save else 0, dtype=torch.uint8)
     address = _block(signs) if save else (0, 0)
     scale = _scale(scale, scales, p, q, mean_subtract)
-    _C.residual_forward(DTYPES[x.dtype], *x.shape, *_block(x), *_block(h), *_block(y), *address, *scale)
+    _C.residual_forward(
+        DTYPES[x.dtype], *x.shape, *_block(x), *_block(h), *_block(y), *address, *scale
+    )
     return y, signs
 
 
@@ -109,17 +111,17 @@ def residual_stack(
     """A vendor GEMM per layer; all that surrounds it in one native pass."""
     members, rows, n = x.shape
     depth, dtype = weight.shape[1], DTYPES[x.dtype]
-    x, y, h = x.contiguous(), torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
-    kept = depth if save else 0
-    inputs = torch.empty(members, kept, rows, n, dtype=x.dtype)
-    signs = torch.empty(members, kept, rows, (n + 7) // 8, dtype=torch.uint8)
+    x = x.contiguous()
+    y, h = torch.empty_like(x), torch.empty_like(x)
+    inputs = torch.empty((members, depth, rows, n) if save else 0, dtype=x.dtype)
+    signs = torch.empty((members, depth, rows, (n + 7) // 8) if save else 0, dtype=torch.uint8)
     scale = _scale(scale, scales, p, q, mean_subtract)
     stream, address = x, (0, 0)
     if save:
         stream = inputs[:, 0].copy_(x)
     for layer in range(depth):
         torch.bmm(stream, weight[:, layer].mT, out=h)
-        into = inputs[:, layer + 1] if layer + 1 < kept else y
+        into = inputs[:, layer + 1] if save and layer + 1 < depth else y
         if save:
             address = _block(signs[:, layer])
         _C.residual_forward(

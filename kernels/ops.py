@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from depthnet.kernels import cpu, reference
+from depthnet.kernels.activations import slopes
 from torch import Tensor
 
 from depthnet._checks import integer, one_of
-from depthnet.kernels import cpu, reference
-from depthnet.kernels.activations import slopes
 
 BACKENDS = {"cpu": cpu, "reference": reference}  # in the order in which `auto` tries them
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -26,7 +26,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # ---- choice of backend ----
 
-_choice = one_of("DEPTHNET_BACKEND", os.environ.get("DEPTHNET_BACKEND", "auto"), ["auto", *BACKENDS])
+_choice = one_of(
+    "DEPTHNET_BACKEND", os.environ.get("DEPTHNET_BACKEND", "auto"), ["auto", *BACKENDS]
+)
 
 
 @contextmanager
@@ -85,15 +87,20 @@ def _select(op: str, *tensors: Tensor):
 _library = torch.library.Library("depthnet", "DEF")
 
 
+def _autocast(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _register(schema: str, implementation, fake) -> None:
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(first, *args):
         # In which dtype each step is computed is the operator's own matter, also inside autocast.
-        device = (first if isinstance(first, Tensor) else first[0]).device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
+        tensor = first if isinstance(first, Tensor) else first[0]
+        if _autocast(tensor):
+            with torch.autocast(tensor.device.type, enabled=False):
                 return implementation(first, *args)
         return implementation(first, *args)
 
@@ -202,7 +209,7 @@ def scaled_residual(
     p, q = slopes(activation)
     _check_float_tensor("x", x)
     _check_float_tensor("h", h)
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocast(x):
         h = h.to(x.dtype)
     if x.ndim == 0 or h.shape != x.shape:
         raise ValueError(f"h must have the shape of x, {_shape(x)}, got {_shape(h)}")
@@ -234,7 +241,7 @@ def _residual_stack(x, weight, scale, scales, p, q, mean_subtract, every, save):
     if not (every and save):
         return backend.residual_stack(x, weight, scale, scales, p, q, mean_subtract, save)
     # Between segments the stream stays in the precision that it is computed in, so that the backward
-    # pass recomputes each segment to the same bits.
+    # pass starts each segment from what the forward pass had, not from a rounded copy.
     stream = x.to(reference.stream_dtype(x.dtype))
     starts = []
     for start, end in _segments(weight.shape[1], every):
@@ -271,9 +278,7 @@ def _residual_stack_backward(
     backend = _select("residual_stack", grad, weight)
     constants = scale, scales, p, q, mean_subtract
     if not every:
-        return backend.residual_stack_backward(
-            grad, weight, inputs, signs, *constants, weight_grad
-        )
+        return backend.residual_stack_backward(grad, weight, inputs, signs, *constants, weight_grad)
     g = grad.to(reference.stream_dtype(grad.dtype))
     grad_weight = torch.empty_like(weight) if weight_grad else weight.new_empty(0)
     segments = _segments(weight.shape[1], every)
@@ -345,7 +350,7 @@ def residual_stack(
 
     Backward, g being the gradient of x_L: for l = L..1, u = scale * (g - mean(g)), d = u * phi'(h_l),
     dW_l = d^T x_{l-1}, g <- g + d W_l.  Saved are x_{l-1} and one bit per activation; with
-    `checkpoint_every=c` every c-th x_l only, and the rest is recomputed, to the same bits, in segments.
+    `checkpoint_every=c` every c-th x_l only, and the rest is recomputed in segments.
 
     Args:
         x: (*P, B, n), P being the dimensions of a population of networks, B rows and n the width;
@@ -367,7 +372,7 @@ def residual_stack(
     p, q = slopes(activation)
     _check_float_tensor("x", x)
     _check_float_tensor("weight", weight)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if _autocast(x) and x.dtype != torch.float64:
         x, weight = x.float(), weight.to(torch.get_autocast_dtype(x.device.type))
     if weight.ndim < 3 or weight.shape[-1] != weight.shape[-2]:
         raise ValueError(f"weight must have the shape (*P, L, n, n), got {_shape(weight)}")
@@ -535,9 +540,7 @@ def _needs_grad(tensor: Tensor) -> bool:
     return torch.is_grad_enabled() and tensor.requires_grad
 
 
-def _multiplier(
-    scale: object, x: Tensor, lead: torch.Size | None
-) -> tuple[float, Tensor | None]:
+def _multiplier(scale: object, x: Tensor, lead: torch.Size | None) -> tuple[float, Tensor | None]:
     """A multiplier as (number, None) or (1, float64 tensor over the members)."""
     if not isinstance(scale, Tensor):
         try:
@@ -560,7 +563,11 @@ def _multiplier(
     if scale.device != x.device:
         raise ValueError(f"scale must be on the device of x, {x.device}, got {scale.device}")
     # Reading a device's tensor would wait for the device: only values at hand are checked.
-    if scale.device.type == "cpu" and not torch.compiler.is_compiling() and not scale.isfinite().all():
+    if (
+        scale.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not scale.isfinite().all()
+    ):
         raise ValueError(f"scale must be finite, got {scale!r}")
     return 1.0, scale.to(torch.float64).reshape(-1)
 
@@ -581,7 +588,9 @@ def _slices(params: Sequence[Tensor], leading: Sequence[int] | None) -> tuple[li
 def _check_lists(params: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
     for name, tensors in lists.items():
         if len(tensors) != len(params):
-            raise ValueError(f"{name} must have {len(params)} tensors, as params has, got {len(tensors)}")
+            raise ValueError(
+                f"{name} must have {len(params)} tensors, as params has, got {len(tensors)}"
+            )
         for index, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             if tensor.shape != param.shape:
                 raise ValueError(

@@ -37,7 +37,9 @@ class Arrays:
         x, x_test = (np.asarray(a, np.float32).reshape(len(a), -1) for a in (x, x_test))
         mean, std = x.mean(dtype=np.float64), x.std(dtype=np.float64) or 1.0
         x, x_test = (torch.from_numpy(((a - mean) / std).astype(np.float32)) for a in (x, x_test))
-        y, y_test = (torch.from_numpy(np.asarray(a).astype(np.int64).reshape(-1)) for a in (y, y_test))
+        y, y_test = (
+            torch.from_numpy(np.asarray(a).astype(np.int64).reshape(-1)) for a in (y, y_test)
+        )
         out_features = int(torch.cat([y, y_test]).max()) + 1
         return cls(x, y, x_test, y_test, out_features, source)
 

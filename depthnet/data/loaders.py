@@ -85,7 +85,11 @@ def digits() -> Arrays:
     bunch = optional_import("sklearn.datasets", "data", "data=digits").load_digits()
     test = np.arange(len(bunch.data)) % 5 == 4
     return Arrays.standardised(
-        bunch.data[~test], bunch.target[~test], bunch.data[test], bunch.target[test], {"name": "digits"}
+        bunch.data[~test],
+        bunch.target[~test],
+        bunch.data[test],
+        bunch.target[test],
+        {"name": "digits"},
     )
 
 
@@ -172,7 +176,9 @@ def npz(path: Path) -> Arrays:
                 f"{b.shape} {b.dtype}"
             )
     if len(x) == 0 or min(y.min(), *y_test[:1]) < 0 or not np.isfinite(x).all():
-        raise ValueError(f"data: {path} should hold finite x and labels from 0, at least one of each")
+        raise ValueError(
+            f"data: {path} should hold finite x and labels from 0, at least one of each"
+        )
     return Arrays.standardised(x, y, x_test, y_test, {"name": path.name, "rows": len(x)})
 
 

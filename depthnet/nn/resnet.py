@@ -58,7 +58,9 @@ class ResidualStack(nn.Module):
             integer("checkpoint_every", checkpoint_every, 1)
         self.population = check_population(population, generator)
         lead = () if population is None else (population,)
-        self.weight = nn.Parameter(torch.empty(*lead, depth, width, width, device=device, dtype=dtype))
+        self.weight = nn.Parameter(
+            torch.empty(*lead, depth, width, width, device=device, dtype=dtype)
+        )
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: Generators = None) -> None:
@@ -141,7 +143,10 @@ class ResNet(nn.Module):
         integer("out_features", out_features, 1)
         integer("base_width", base_width, 1)
         integer("base_depth", base_depth, 1)
-        if active_features is not None and integer("active_features", active_features, 1) > in_features:
+        if (
+            active_features is not None
+            and integer("active_features", active_features, 1) > in_features
+        ):
             raise ValueError(
                 f"active_features must be at most in_features, {in_features}, got {active_features}"
             )
@@ -225,7 +230,9 @@ class ResNet(nn.Module):
             for shape in shapes
         )
         if not fits:
-            wanted = " or ".join(f"({', '.join(map(str, shape))})" for shape in sorted(shapes, key=len))
+            wanted = " or ".join(
+                f"({', '.join(map(str, shape))})" for shape in sorted(shapes, key=len)
+            )
             raise ValueError(f"x must have the shape {wanted}, got {tuple(x.shape)}")
         if self.active_features is not None and x.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"x must hold the int64 indices of the active features, got {x.dtype}")

@@ -62,7 +62,10 @@ class Adam(ScaledOptimizer):
         adamw_step_(
             params,
             [param.grad for param in params],
-            *([self.state[param][key] for param in params] for key in ("exp_avg", "exp_avg_sq", "step")),
+            *(
+                [self.state[param][key] for param in params]
+                for key in ("exp_avg", "exp_avg_sq", "step")
+            ),
             lr=lr,
             eps=eps,
             weight_decay=weight_decay,

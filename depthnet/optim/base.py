@@ -118,7 +118,7 @@ class ScaledOptimizer(torch.optim.Optimizer):
                     continue
                 if param.grad.is_sparse:
                     raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
-                batches[param.device, *self._constants(group, param)].append((param, group))
+                batches[(param.device, *self._constants(group, param))].append((param, group))
         for (_, *constants), batch in batches.items():
             self._step(batch, *constants)
         return loss
@@ -160,7 +160,9 @@ def _rates(
     try:
         tensor = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{argument} must be a number or a vector of numbers, got {value!r}") from error
+        raise TypeError(
+            f"{argument} must be a number or a vector of numbers, got {value!r}"
+        ) from error
     if not (torch.isfinite(tensor) & (tensor >= 0)).all():
         raise ValueError(f"{argument} must be finite and not negative, got {value!r}")
     return tensor.clone() if tensor.ndim else tensor.item()

@@ -51,36 +51,35 @@ def _plain(value):
 
 def table(summary: dict):
     """A rich table of the optima, the best losses and the regret."""
+    rich_box = optional_import("rich.box", "cli", "printing a table")
     rich_table = optional_import("rich.table", "cli", "printing a table")
     parametrizations = summary["parametrizations"]
     parts = list(next(iter(parametrizations.values()))["slices"])
     columns = rich_table.Table(
-        title="log2 of the best learning rate over slices of training; loss and regret over the last fifth",
-        caption="± standard deviation over seeds; * lowest point at the edge of the grid",
+        title="log2 of the best learning rate over slices of training; loss and regret, last slice",
+        caption="± over seeds   * the lowest point is at the edge of the grid\n"
+        "regret: loss with the learning rate tuned at the base depth, less the best loss",
+        box=rich_box.SIMPLE_HEAD,
+        padding=(0, 1),
     )
-    columns.add_column("parametrization")
     columns.add_column("depth", justify="right")
-    for part in parts:
-        columns.add_column(part, justify="right")
-    columns.add_column("best loss", justify="right")
-    columns.add_column("regret", justify="right")
+    for heading in (*parts, "loss", "regret"):
+        columns.add_column(heading, justify="right", no_wrap=True)
     for name, record in parametrizations.items():
-        heading = f"{name} ({record['alpha']:g}, {record['gamma']:g})"
+        columns.add_row(f"[bold]{name} ({record['alpha']:g}, {record['gamma']:g})[/bold]")
         for depth in record["slices"][parts[-1]]["depths"]:
             cells = [record["slices"][part]["depths"][depth] for part in parts]
-            optima = [
-                "diverged"
-                if math.isnan(cell["optimum_log2_lr"])
-                else f"{cell['optimum_log2_lr']:.2f}"
-                + ("" if math.isnan(cell["spread"]) else f" ± {cell['spread']:.2f}")
-                + ("*" if cell["at_edge"] else "")
-                for cell in cells
-            ]
-            losses = [f"{cells[-1][key]:.3f}" for key in ("best_loss", "regret")]
-            columns.add_row(heading, depth, *optima, *losses)
-            heading = ""
-        columns.add_section()
+            last = cells[-1]
+            losses = [f"{last['best_loss']:.3f}", f"{last['regret']:.3f}"]
+            columns.add_row(depth, *map(_optimum_text, cells), *losses)
     return columns
+
+
+def _optimum_text(cell: dict) -> str:
+    if math.isnan(cell["optimum_log2_lr"]):
+        return "diverged"
+    spread = "" if math.isnan(cell["spread"]) else f"±{cell['spread']:.2f}"
+    return f"{cell['optimum_log2_lr']:.2f}{spread}{'*' if cell['at_edge'] else ''}"
 
 
 def picture(results: list[JobResult], settings: TransferSettings):
@@ -88,12 +87,14 @@ def picture(results: list[JobResult], settings: TransferSettings):
     optional_import("matplotlib", "plot", "drawing the picture")
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     part = analysis.slices(settings.steps)[-1]
     panels = {
         name: analysis.curves(
-            [result for result in results if result.job.parametrization.name == name], settings, part
+            [result for result in results if result.job.parametrization.name == name],
+            settings,
+            part,
         )
         for name in settings.parametrizations
     }
@@ -106,11 +107,11 @@ def picture(results: list[JobResult], settings: TransferSettings):
         if math.isfinite(value)
     ]
     low, high = (min(finite), max(finite)) if finite else (1.0, 1.0)
-    # Diverging runs may pass through any loss; what lies above this line is drawn on it.
-    ceiling = min(high, low * 2) * 1.02
-    columns = min(len(panels), 4)
+    # Diverging runs pass through any loss; what lies above this line is drawn on it, as a cross.
+    ceiling = min(high, low * 1.35) * 1.01
+    columns = 1 if len(panels) == 1 else 2
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(1.2 + 3.1 * columns, 1.1 + 3.1 * lines), layout="constrained")
+    figure = Figure(figsize=(2.0 + 3.6 * columns, 1.2 + 2.9 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
     depths = sorted(settings.depths)
     colours = matplotlib.colormaps["viridis"].resampled(max(len(depths), 2))
@@ -120,42 +121,42 @@ def picture(results: list[JobResult], settings: TransferSettings):
             shown = curve.mean.clip(max=ceiling)
             axis.plot(settings.grid, shown, color=colour, marker=".", label=f"{curve.depth}")
             lost = curve.mean > ceiling
-            axis.plot(
-                settings.grid[lost], shown[lost], "x", color=colour, clip_on=False, markersize=7, zorder=3
-            )
-            if math.isfinite(curve.optimum.log2_lr):
+            if lost.any():
                 axis.plot(
-                    curve.optimum.log2_lr,
-                    curve.best,
+                    settings.grid[lost], shown[lost], "x", color=colour, markersize=7, clip_on=False
+                )
+            if curve.best <= ceiling:
+                axis.plot(
+                    [curve.optimum.log2_lr],
+                    [curve.best],
                     marker="*",
                     markersize=13,
                     color=colour,
                     markeredgecolor="black",
                     markeredgewidth=0.7,
-                    linestyle="none",
                     zorder=4,
                 )
         alpha, gamma = exponents[name].alpha, exponents[name].gamma
-        axis.set_title(f"{name}\n" + rf"$\alpha={alpha:g},\ \gamma={gamma:g}$", fontsize=11)
+        axis.set_title(f"{name} (α = {alpha:g}, γ = {gamma:g})", fontsize=11)
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+        axis.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
         axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.yaxis.minorticks_off()
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        axis.xaxis.set_major_formatter(lambda value, _: f"$2^{{{value:g}}}$")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-        axis.set_ylim(low / 1.02, ceiling)
+        axis.set_ylim(low / 1.01, ceiling)
     for axis in list(axes)[len(panels) :]:
         axis.set_visible(False)
     swept = "blocks" if settings.sweep == "hidden" else "all layers"
-    figure.supxlabel(f"learning rate of the {swept}, at depth {settings.base_depth}")
+    figure.supxlabel(
+        f"log2 of the learning rate of the {swept}, as it is at depth {settings.base_depth}"
+    )
     figure.supylabel(f"training loss, steps {part.start} to {part.end}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, title="depth", loc="outside right center", frameon=False)
     figure.suptitle(
-        f"Depth transfer on {settings.data}: width {settings.width}, φ = {settings.activation}, "
-        f"{settings.seeds} seed{'s' * (settings.seeds > 1)} (★ optimum, × diverged or off the scale)",
+        f"Does the best learning rate transfer across depth?  {settings.data}, width {settings.width}, "
+        f"φ = {settings.activation}\n★ optimum of the curve   × diverged, or above the scale",
         fontsize=11,
     )
     return figure

@@ -9,9 +9,9 @@ import numpy as np
 
 from depthnet.sweep.transfer import JobResult, TransferSettings
 
-# A parametrization transfers if its optimum moves by less than a quarter octave per doubling of depth
-# (half of what a learning rate exponent that is wrong by 1/2 makes), and if the learning rate tuned at
-# the base depth costs at most one percent of the loss at every other depth.
+# A parametrization transfers if its optimum moves by at most a quarter octave per doubling of depth (half
+# of what an exponent of the learning rate that is wrong by 1/2 makes), and if the learning rate tuned
+# at the base depth costs at most one percent of the loss at every other depth.
 DRIFT_LIMIT = 0.25
 REGRET_LIMIT = 0.01
 
@@ -134,45 +134,70 @@ def curves(results: list[JobResult], settings: TransferSettings, part: Slice) ->
 class Verdict:
     """Whether a parametrization's learning rate transfers, over one slice of training.
 
+    transfers: None if the drift is within one standard error of the limit.
     shift: octaves between the optima of the base depth and of the greatest depth.
-    drift: octaves per doubling of depth, the slope of a least-squares line through all optima.
+    drift: octaves per doubling of depth: the slope of a least-squares line through all optima; its
+    error is the standard error over seeds (NaN for one seed).
     worst_regret: the greatest regret over the depths, as a part of the best loss there.
     """
 
-    transfers: bool
+    transfers: bool | None
     shift: float
     drift: float
+    drift_error: float
     worst_regret: float
     words: str
 
 
-def verdict(found: list[Curve], base_depth: int) -> Verdict:
+def _slope(depths: list[int], optima: list[float]) -> float:
+    known = [
+        (math.log2(depth), x) for depth, x in zip(depths, optima, strict=True) if math.isfinite(x)
+    ]
+    return float(np.polyfit(*zip(*known, strict=True), 1)[0]) if len(known) > 1 else math.nan
+
+
+def verdict(found: list[Curve], settings: TransferSettings) -> Verdict:
+    depths = [curve.depth for curve in found]
+    deepest = max(depths)
     at = {curve.depth: curve.optimum.log2_lr for curve in found}
-    deepest = max(at)
-    shift = at[deepest] - at[base_depth]
-    known = [(math.log2(depth), value) for depth, value in at.items() if math.isfinite(value)]
-    drift = float(np.polyfit(*zip(*known, strict=True), 1)[0]) if len(known) > 1 else math.nan
-    worst = max(found, key=lambda curve: curve.regret / curve.best if curve.regret else 0.0)
-    worst_regret = worst.regret / worst.best if worst.regret else 0.0
-    edges = [curve.depth for curve in found if curve.optimum.at_edge]
+    shift, drift = at[deepest] - at[settings.base_depth], _slope(depths, list(at.values()))
+    by_seed = [
+        _slope(depths, [optimum(settings.grid, curve.losses[seed]).log2_lr for curve in found])
+        for seed in range(settings.seeds)
+    ]
+    error = float(np.std(by_seed, ddof=1)) / len(by_seed) ** 0.5 if len(by_seed) > 1 else math.nan
+    relative = {curve.depth: curve.regret / curve.best if curve.regret else 0.0 for curve in found}
+    worst = max(relative, key=relative.get)
     lost = [curve.depth for curve in found if not math.isfinite(curve.best)]
     if len(found) == 1:
-        return Verdict(False, shift, drift, worst_regret, "one depth says nothing of transfer")
-    transfers = abs(drift) <= DRIFT_LIMIT and worst_regret <= REGRET_LIMIT and not lost
-    costs = "diverges" if math.isinf(worst_regret) else f"costs {100 * worst_regret:.1f} % of the loss"
+        return Verdict(
+            None, shift, drift, error, 0.0, "undecided: one depth says nothing of transfer"
+        )
+
+    near = abs(abs(drift) - DRIFT_LIMIT) <= (0.0 if math.isnan(error) else error)
+    if lost or relative[worst] > REGRET_LIMIT or (abs(drift) > DRIFT_LIMIT and not near):
+        transfers, answer = False, "does not transfer"
+    elif near:
+        transfers, answer = None, "undecided"
+    else:
+        transfers, answer = True, "transfers"
+
+    plus_minus = "" if math.isnan(error) else f" ± {error:.2f}"
     words = (
-        f"{'transfers' if transfers else 'does not transfer'}: the optimum moves by {shift:+.2f} octaves "
-        f"from depth {base_depth} to {deepest} ({drift:+.2f} per doubling), and the learning rate tuned "
-        f"at depth {base_depth} {costs} at depth {worst.depth}, where it does worst"
+        f"{answer}: the optimum moves by {shift:+.2f} octaves from depth {settings.base_depth} to "
+        f"{deepest} ({drift:+.2f}{plus_minus} per doubling of depth), and the learning rate tuned at "
+        f"depth {settings.base_depth} "
     )
+    if math.isinf(relative[worst]):
+        words += f"diverges at depth {worst}"
+    else:
+        words += f"costs at most {100 * relative[worst]:.1f} % of the loss (at depth {worst})"
     if lost:
         words += f"; every learning rate diverges at depth {', '.join(map(str, lost))}"
+    edges = [str(curve.depth) for curve in found if curve.optimum.at_edge]
     if edges:
-        words += (
-            f"; at depth {', '.join(map(str, edges))} the lowest point is at the edge of the grid, so "
-            "the optimum may lie beyond it"
-        )
-    return Verdict(transfers, shift, drift, worst_regret, words)
+        words += f"; at depth {', '.join(edges)} the optimum may lie beyond the edge of the grid"
+    return Verdict(transfers, shift, drift, error, relative[worst], words)
 
 
 def summarise(results: list[JobResult], settings: TransferSettings) -> dict:
@@ -181,16 +206,21 @@ def summarise(results: list[JobResult], settings: TransferSettings) -> dict:
     for name in settings.parametrizations:
         own = [result for result in results if result.job.parametrization.name == name]
         parametrization = own[0].job.parametrization
-        summary[name] = {"alpha": parametrization.alpha, "gamma": parametrization.gamma, "slices": {}}
+        summary[name] = {
+            "alpha": parametrization.alpha,
+            "gamma": parametrization.gamma,
+            "slices": {},
+        }
         for part in slices(settings.steps):
             found = curves(own, settings, part)
-            judged = verdict(found, settings.base_depth)
+            judged = verdict(found, settings)
             summary[name]["slices"][part.name] = {
                 "steps": [part.start, part.end],
                 "transfers": judged.transfers,
                 "verdict": judged.words,
                 "shift_octaves": judged.shift,
                 "drift_octaves_per_doubling": judged.drift,
+                "drift_standard_error": judged.drift_error,
                 "worst_relative_regret": judged.worst_regret,
                 "depths": {
                     str(curve.depth): {

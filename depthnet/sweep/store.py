@@ -53,7 +53,9 @@ class Store:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ValueError(f"out: another process is running the study in {self.out}") from None
+                raise ValueError(
+                    f"out: another process is running the study in {self.out}"
+                ) from None
         settings = json.loads(json.dumps(settings))
         path = self.out / "settings.json"
         if path.exists():
@@ -90,9 +92,8 @@ class Store:
             return dict(file)
 
     def finish(self, job: str, **arrays: np.ndarray) -> None:
-        with replacing(self.out / "jobs" / f"{job}.npz") as temporary:
-            with open(temporary, "wb") as file:
-                np.savez_compressed(file, **arrays)
+        with replacing(self.out / "jobs" / f"{job}.npz") as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays)
         (self.out / "checkpoint.pt").unlink(missing_ok=True)
 
     def save_checkpoint(self, job: str, state: dict) -> None:

@@ -71,13 +71,17 @@ class TransferSettings:
         for argument in ("depths", "parametrizations"):
             values = getattr(self, argument)
             if not values or len(set(values)) != len(values):
-                raise ValueError(f"{argument} must be different from each other, at least one; got {values}")
+                raise ValueError(
+                    f"{argument} must be different from each other, at least one; got {values}"
+                )
         for depth in self.depths:
             integer("depths", depth, 1)
         if self.base_depth is None:
             object.__setattr__(self, "base_depth", min(self.depths))
         elif self.base_depth not in self.depths:
-            raise ValueError(f"base_depth must be one of depths, {self.depths}, got {self.base_depth}")
+            raise ValueError(
+                f"base_depth must be one of depths, {self.depths}, got {self.base_depth}"
+            )
         slopes(self.activation)
         low, high = self.log2_lr
         if not -60 <= low < high <= 60:

@@ -1,0 +1,107 @@
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from depthnet import kernels
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+        timeout=120,
+    )
+
+
+def test_backends_are_listed_in_order_with_reasons():
+    status = kernels.backends()
+    assert [entry.name for entry in status] == ["cpu", "reference"]
+    for entry in status:
+        assert entry.active == (not entry.reasons)
+        assert entry.details if entry.active else entry.reasons
+
+
+def test_an_explicit_backend_that_cannot_run_says_why_for_every_backend():
+    x, weight = torch.zeros(2, 4).bfloat16(), torch.zeros(1, 4, 4).bfloat16()
+    with (
+        kernels.use_backend("cpu"),
+        pytest.raises(
+            RuntimeError,
+            match=r"backend 'cpu' was asked for and cannot run residual_stack:\n  cpu: .*\n"
+            r"  reference: can run it",
+        ),
+    ):
+        kernels.residual_stack(x, weight, 1.0)
+    assert kernels.residual_stack(x, weight, 1.0).shape == x.shape  # auto falls back
+
+
+def test_unknown_backends_are_refused_and_the_choice_is_restored():
+    with pytest.raises(ValueError, match="backend='referense'.*did you mean 'reference'"):
+        kernels.use_backend("referense").__enter__()
+    with pytest.raises(KeyError), kernels.use_backend("reference"):
+        raise KeyError
+    assert kernels.ops._choice == "auto"
+
+
+def test_the_environment_chooses():
+    code = "from depthnet.kernels import ops; print(ops._choice)"
+    assert python(code, DEPTHNET_BACKEND="reference").stdout.strip() == "reference"
+    failed = python(code, DEPTHNET_BACKEND="gpu")
+    assert failed.returncode != 0
+    assert "DEPTHNET_BACKEND='gpu' is not one of auto, cpu, reference" in failed.stderr
+
+
+def test_the_environment_chooses_the_instruction_set():
+    code = "from depthnet import kernels, _C; print(_C.selected_isa())"
+    result = python(code, DEPTHNET_CPU_ISA="baseline")
+    if "ImportError" in result.stderr:
+        pytest.skip("the native kernels are not built")
+    assert result.stdout.strip() == "baseline"
+    assert "DEPTHNET_CPU_ISA='sse9' is not one of" in python(code, DEPTHNET_CPU_ISA="sse9").stderr
+
+
+def test_everything_runs_without_the_native_kernels():
+    code = """
+import sys
+sys.modules["depthnet._C"] = None  # an import of it now fails
+import torch, depthnet
+status = {entry.name: entry for entry in depthnet.kernels.backends()}
+assert not status["cpu"].active and status["cpu"].reasons, status
+model = depthnet.ResNet(4, 8, 3, 2)
+model(torch.randn(5, 4)).sum().backward()
+depthnet.optim.AdamW(model, lr=0.1).step()
+print("ran")
+"""
+    result = python(code)
+    assert result.stdout.strip() == "ran", result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="fork is the start method of Linux")
+def test_a_forked_child_can_use_the_kernels():
+    # torch's own parallel operators hang in such a child: it compares in numpy.
+    code = """
+import os, torch
+from depthnet import kernels
+x, h = torch.randn(4000, 64), torch.randn(4000, 64)
+expected = kernels.scaled_residual(x, h, 0.5).numpy()
+child = os.fork()
+if child == 0:
+    os._exit(0 if (kernels.scaled_residual(x, h, 0.5).numpy() == expected).all() else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert python(code).stdout.strip() == "0"
+
+
+def test_concurrent_callers():
+    x, h = torch.randn(2000, 64), torch.randn(2000, 64)
+    expected = kernels.scaled_residual(x, h, 0.5)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: kernels.scaled_residual(x, h, 0.5), range(40)))
+    assert all(torch.equal(result, expected) for result in results)

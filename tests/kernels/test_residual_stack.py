@@ -1,0 +1,216 @@
+import math
+
+import pytest
+import torch
+from cases import (
+    ACTIVATIONS,
+    WIDTHS,
+    assert_as_accurate,
+    grads,
+    nearest_kink,
+    plain_stack,
+)
+
+from depthnet import kernels
+
+
+def draw(n, depth, lead=(), rows=5, dtype=torch.float32, away_from_kinks=4e-6):
+    """x, weight and the gradient of the output; redrawn while rounding could decide a slope."""
+    while True:
+        x, g = (torch.randn(*lead, rows, n).to(dtype) for _ in range(2))
+        weight = (torch.randn(*lead, depth, n, n) / n**0.5).to(dtype)
+        if nearest_kink(x.double(), weight.double(), 0.3) > away_from_kinks:
+            return x, weight, g
+
+
+def stack(scale=0.3, **options):
+    return lambda x, weight: kernels.residual_stack(x, weight, scale, **options)
+
+
+def plain(scale=0.3, **options):
+    return lambda x, weight: plain_stack(x, weight, scale, **options)
+
+
+def check(name, inputs, g, ours, like):
+    _, weight = inputs
+    assert_as_accurate(
+        name,
+        grads(ours, inputs, g),
+        grads(like, inputs, g),
+        grads(like, inputs, g, torch.float64),
+        terms=weight.shape[-1] * (weight.shape[-3] + 1),
+    )
+
+
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lead", [(), (1,), (3,)])
+@pytest.mark.parametrize("depth", [0, 1, 5])
+def test_values_and_gradients(backend, dtype, lead, depth):
+    for n in WIDTHS:
+        x, weight, g = draw(n, depth, lead, dtype=dtype)
+        check(f"n={n}", [x, weight], g, stack(), plain())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("checkpoint_every", [None, 2])
+def test_half_precision_has_a_float32_stream(dtype, checkpoint_every):
+    for depth in (1, 5, 40):
+        x, weight, g = draw(64, depth, rows=500, dtype=dtype, away_from_kinks=0)
+        ours = stack(depth**-0.5, checkpoint_every=checkpoint_every)
+        check(f"L={depth}", [x, weight], g, ours, plain(depth**-0.5))
+
+
+@pytest.mark.parametrize("mean_subtract", [True, False])
+def test_activations(backend, mean_subtract):
+    for activation in ACTIVATIONS:
+        x, weight, g = draw(33, 4)
+        if nearest_kink(x.double(), weight.double(), 0.3, activation, mean_subtract) < 1e-6:
+            pytest.fail("draw other inputs: a pre-activation is too near 0")
+        options = {"activation": activation, "mean_subtract": mean_subtract}
+        check(str(activation), [x, weight], g, stack(**options), plain(**options))
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_checkpointing(backend, every, lead):
+    x, weight, g = draw(33, 7, lead)
+    check(f"every={every}", [x, weight], g, stack(checkpoint_every=every), plain())
+
+
+def test_checkpointing_saves_every_cth_input_only(backend):
+    x, weight, _ = draw(16, 12)
+    sizes = {}
+    for every in (None, 4):
+        saved = []
+
+        def pack(tensor, saved=saved):
+            saved.append(tensor.numel() * tensor.element_size())
+            return tensor
+
+        weight.requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            kernels.residual_stack(x, weight, 0.3, checkpoint_every=every)
+        sizes[every] = sum(saved) - weight.numel() * 4
+    rows, n, depth = 5, 16, 12
+    assert sizes[None] == depth * rows * (4 * n + n // 8)
+    assert sizes[4] == 3 * rows * 4 * n
+
+
+def test_nothing_is_saved_without_gradients(backend):
+    x, weight, _ = draw(16, 12)
+    _, inputs, signs = torch.ops.depthnet.residual_stack(
+        x[None], weight[None], 0.3, None, 1.0, 1.0, True, 0, False
+    )
+    assert inputs.numel() == signs.numel() == 0
+
+
+def test_frozen_weight_and_frozen_input(backend):
+    x, weight, g = draw(16, 3)
+    full = grads(stack(), [x, weight], g)
+    free = x.clone().requires_grad_()
+    stack()(free, weight).backward(g)
+    torch.testing.assert_close(free.grad, full[1])
+    free = weight.clone().requires_grad_()
+    stack()(x, free).backward(g)
+    torch.testing.assert_close(free.grad, full[2])
+
+
+def test_empty_batch(backend):
+    for lead in ((), (3,)):
+        x, weight = torch.randn(*lead, 0, 8), torch.randn(*lead, 2, 8, 8)
+        y, grad_x, grad_weight = grads(stack(), [x, weight], torch.zeros_like(x))
+        assert y.shape == grad_x.shape == x.shape
+        assert torch.equal(grad_weight, torch.zeros_like(weight))
+
+
+def test_non_contiguous(backend):
+    x, weight, g = draw(24, 6)
+    views = [
+        x.mT.contiguous().mT,
+        weight.movedim(0, 2).contiguous().movedim(2, 0),
+    ]
+    assert not any(view.is_contiguous() for view in views)
+    torch.testing.assert_close(grads(stack(), views, g), grads(stack(), [x, weight], g))
+    half = weight[::2]
+    expected = grads(plain(), [x, half], g.expand_as(x))
+    torch.testing.assert_close(grads(stack(), [x, half], g), expected)
+
+
+def test_members_do_not_touch_each_other(backend):
+    x, weight, g = draw(32, 4, (3,))
+    together = grads(stack(), [x, weight], g)
+    x[1], weight[1] = math.nan, math.inf
+    beside = grads(stack(), [x, weight], g)
+    for a, b in zip(together, beside, strict=True):
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[2], b[2])
+
+
+def test_multiplier_for_each_member(backend):
+    x, weight, g = draw(16, 3, (3,))
+    scale = torch.tensor([0.5, 0.25, 1.0])
+    check("scale", [x, weight], g, stack(scale), plain(scale))
+    check("checkpointed", [x, weight], g, stack(scale, checkpoint_every=2), plain(scale))
+
+
+def test_two_leading_dimensions(backend):
+    x, weight, g = draw(16, 3, (2, 3))
+    check("P=(2, 3)", [x, weight], g, stack(), plain())
+
+
+def test_gradcheck(backend):
+    x, weight, _ = draw(5, 3, (2,), dtype=torch.float64, away_from_kinks=1e-3)
+    inputs = (x.requires_grad_(), weight.requires_grad_())
+    for every in (None, 2):
+        assert torch.autograd.gradcheck(stack(checkpoint_every=every), inputs)
+
+
+def test_autocast(backend):
+    if backend != "reference":
+        pytest.skip("the cpu backend has no stack for bfloat16 weights; auto takes the reference")
+    x, weight, g = draw(32, 6, rows=500, away_from_kinks=0)  # many: slopes near 0 fall either way
+    with torch.autocast("cpu", torch.bfloat16):
+        inputs = [t.clone().requires_grad_() for t in (x, weight)]
+        y = stack()(*inputs)
+        assert y.dtype == torch.float32
+        y.backward(g)  # inside, where the backward's own GEMMs must not be cast either
+    ours = [y.detach(), *(t.grad for t in inputs)]
+    assert all(t.dtype == torch.float32 for t in ours)
+
+    def eager(x, weight):
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain_stack(x, weight, 0.3)
+
+    truth = grads(plain(), [x, weight], g, torch.float64)
+    assert_as_accurate("autocast", ours, grads(eager, [x, weight], g), truth, terms=1)
+
+
+def test_no_second_derivative(backend):
+    x, weight, _ = draw(6, 2)
+    y = stack()(x, weight.requires_grad_())
+    (gradient,) = torch.autograd.grad((y**2).sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="residual_stack cannot be differentiated twice"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"weight": torch.zeros(2, 3, 4)}, ValueError, r"weight must have the shape \(\*P, L, n, n\)"),
+        ({"weight": torch.zeros(3, 3)}, ValueError, r"weight must have the shape \(\*P, L, n, n\)"),
+        ({"x": torch.zeros(5, 4)}, ValueError, r"x must have the shape \(B, 3\).*got \(5, 4\)"),
+        ({"x": torch.zeros(2, 5, 3)}, ValueError, r"x must have the shape \(B, 3\)"),
+        ({"x": torch.zeros(5, 3).half()}, TypeError, "weight must have the dtype of x, torch.float16"),
+        ({"x": torch.zeros(5, 3, device="meta")}, ValueError, "weight must be on the device of x, meta"),
+        ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be at least 1, got 0"),
+        ({"checkpoint_every": 1.5}, TypeError, "checkpoint_every must be an integer, got 1.5"),
+        ({"scale": torch.ones(1)}, ValueError, "scale must be a number or a tensor over"),
+        ({"scale": math.nan}, ValueError, "scale must be finite"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, words):
+    arguments = {"x": torch.zeros(5, 3), "weight": torch.zeros(2, 3, 3), "scale": 1.0, **change}
+    with pytest.raises(error, match=words):
+        kernels.residual_stack(**arguments)
