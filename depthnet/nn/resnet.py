@@ -236,8 +236,12 @@ class ResNet(nn.Module):
             raise ValueError(f"x must have the shape {wanted}, got {tuple(x.shape)}")
         if self.active_features is not None and x.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"x must hold the int64 indices of the active features, got {x.dtype}")
-        if self.active_features is None and not x.is_floating_point():
-            raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+        if self.active_features is None and x.dtype != self.input.weight.dtype:
+            device = x.device.type
+            if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+                raise TypeError(
+                    f"x must have the dtype of the model, {self.input.weight.dtype}, got {x.dtype}"
+                )
 
     def extra_repr(self) -> str:
         return f"parametrization={self.parametrization}"
