@@ -26,6 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"depthnet {options.verb}: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except KeyboardInterrupt:
+        print(f"depthnet {options.verb}: stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -34,7 +34,8 @@ class Arrays:
     @classmethod
     def standardised(cls, x, y, x_test, y_test, source: dict) -> Arrays:
         """Flatten the inputs and take them to mean 0 and variance 1 over the whole training set."""
-        x, x_test = (np.asarray(a, np.float32).reshape(len(a), -1) for a in (x, x_test))
+        features = int(np.prod(x.shape[1:]))
+        x, x_test = (np.asarray(a, np.float32).reshape(len(a), features) for a in (x, x_test))
         mean, std = x.mean(dtype=np.float64), x.std(dtype=np.float64) or 1.0
         x, x_test = (torch.from_numpy(((a - mean) / std).astype(np.float32)) for a in (x, x_test))
         y, y_test = (

@@ -145,11 +145,12 @@ def mnist(folder: Path) -> Arrays:
         if path is None:
             raise ValueError(f"data_dir: {folder} has no file {name} (or {name}.gz)")
         raw = _read(path)
-        shape = np.frombuffer(raw[4 : 4 + 4 * dimensions], ">u4")
-        values = np.frombuffer(raw[4 + 4 * dimensions :], np.uint8)
-        if raw[:4] != bytes([0, 0, 8, dimensions]) or values.size != np.prod(shape, dtype=np.int64):
-            raise ValueError(f"data_dir: {path} is not an IDX file of {dimensions} dimensions")
-        return values.reshape(shape)
+        header = 4 + 4 * dimensions
+        if len(raw) >= header and raw[:4] == bytes([0, 0, 8, dimensions]):
+            shape = np.frombuffer(raw[4:header], ">u4").astype(np.int64)
+            if len(raw) == header + shape.prod():
+                return np.frombuffer(raw[header:], np.uint8).reshape(shape)
+        raise ValueError(f"data_dir: {path} is not an IDX file of {dimensions} dimensions")
 
     x, x_test = (read(f"{part}-images-idx3-ubyte", 3) for part in ("train", "t10k"))
     y, y_test = (read(f"{part}-labels-idx1-ubyte", 1) for part in ("train", "t10k"))
@@ -175,7 +176,7 @@ def npz(path: Path) -> Arrays:
                 f"data: {names} in {path} should be N inputs and N integer labels, got {a.shape} and "
                 f"{b.shape} {b.dtype}"
             )
-    if len(x) == 0 or min(y.min(), *y_test[:1]) < 0 or not np.isfinite(x).all():
+    if len(x) == 0 or min([*y, *y_test]) < 0 or not np.isfinite(x).all():
         raise ValueError(
             f"data: {path} should hold finite x and labels from 0, at least one of each"
         )

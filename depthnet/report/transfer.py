@@ -56,13 +56,13 @@ def table(summary: dict):
     parametrizations = summary["parametrizations"]
     parts = list(next(iter(parametrizations.values()))["slices"])
     columns = rich_table.Table(
-        title="log2 of the best learning rate over slices of training; loss and regret, last slice",
-        caption="± over seeds   * the lowest point is at the edge of the grid\n"
-        "regret: loss with the learning rate tuned at the base depth, less the best loss",
+        title="log2 of the best learning rate, by slice of training",
+        caption="± over seeds   * lowest point at the edge of the grid\n"
+        "loss: best of the last slice   regret: what the learning rate tuned at the base depth adds",
         box=rich_box.SIMPLE_HEAD,
         padding=(0, 1),
     )
-    columns.add_column("depth", justify="right")
+    columns.add_column("depth", no_wrap=True)
     for heading in (*parts, "loss", "regret"):
         columns.add_column(heading, justify="right", no_wrap=True)
     for name, record in parametrizations.items():

@@ -53,8 +53,8 @@ def optimum(log2_lr: np.ndarray, losses: np.ndarray) -> Optimum:
     """The minimum of the parabola through the three lowest points of a curve on an even grid.
 
     It is kept within half a grid step of the lowest point, where it always is if that point lies between
-    the other two; without three finite losses that bend upwards it is the lowest point itself.  NaN
-    if no loss is finite.
+    the other two.  At the edge of the grid, or without three finite losses that bend upwards, it is
+    the lowest point itself.  NaN if no loss is finite.
     """
     order = np.argsort(losses, kind="stable")
     lowest = order[0]
@@ -62,7 +62,7 @@ def optimum(log2_lr: np.ndarray, losses: np.ndarray) -> Optimum:
         return Optimum(math.nan, False)
     at_edge = bool(lowest in (0, len(losses) - 1))
     position = float(log2_lr[lowest])
-    if len(losses) >= 3 and np.isfinite(losses[order[2]]):
+    if not at_edge and np.isfinite(losses[order[2]]):
         curvature, slope, _ = np.polyfit(log2_lr[order[:3]] - position, losses[order[:3]], 2)
         half_step = (log2_lr[1] - log2_lr[0]) / 2
         if curvature > 0:

@@ -92,7 +92,10 @@ class Store:
             return dict(file)
 
     def finish(self, job: str, **arrays: np.ndarray) -> None:
-        with replacing(self.out / "jobs" / f"{job}.npz") as temporary, open(temporary, "wb") as file:
+        with (
+            replacing(self.out / "jobs" / f"{job}.npz") as temporary,
+            open(temporary, "wb") as file,
+        ):
             np.savez_compressed(file, **arrays)
         (self.out / "checkpoint.pt").unlink(missing_ok=True)
 

@@ -43,7 +43,7 @@ def test_an_explicit_backend_that_cannot_run_says_why_for_every_backend():
 
 
 def test_unknown_backends_are_refused_and_the_choice_is_restored():
-    with pytest.raises(ValueError, match="backend='referense'.*did you mean 'reference'"):
+    with pytest.raises(ValueError, match=r"backend='referense'.*did you mean 'reference'"):
         kernels.use_backend("referense").__enter__()
     with pytest.raises(KeyError), kernels.use_backend("reference"):
         raise KeyError

@@ -89,6 +89,10 @@ def test_compiled_stack_equals_eager(backend, every):
 
 
 def test_members_multipliers_under_compile():
-    x, weight, scale = torch.randn(2, 4, 12), torch.randn(2, 3, 12, 12) / 4, torch.tensor([0.1, 0.2])
+    x, weight, scale = (
+        torch.randn(2, 4, 12),
+        torch.randn(2, 3, 12, 12) / 4,
+        torch.tensor([0.1, 0.2]),
+    )
     compiled = torch.compile(kernels.residual_stack, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, weight, scale), kernels.residual_stack(x, weight, scale))

@@ -42,8 +42,6 @@ def check(name, inputs, g, ours, like):
     )
 
 
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("lead", [(), (1,), (3,)])
 @pytest.mark.parametrize("depth", [0, 1, 5])
@@ -196,12 +194,24 @@ def test_no_second_derivative(backend):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"weight": torch.zeros(2, 3, 4)}, ValueError, r"weight must have the shape \(\*P, L, n, n\)"),
+        (
+            {"weight": torch.zeros(2, 3, 4)},
+            ValueError,
+            r"weight must have the shape \(\*P, L, n, n\)",
+        ),
         ({"weight": torch.zeros(3, 3)}, ValueError, r"weight must have the shape \(\*P, L, n, n\)"),
         ({"x": torch.zeros(5, 4)}, ValueError, r"x must have the shape \(B, 3\).*got \(5, 4\)"),
         ({"x": torch.zeros(2, 5, 3)}, ValueError, r"x must have the shape \(B, 3\)"),
-        ({"x": torch.zeros(5, 3).half()}, TypeError, "weight must have the dtype of x, torch.float16"),
-        ({"x": torch.zeros(5, 3, device="meta")}, ValueError, "weight must be on the device of x, meta"),
+        (
+            {"x": torch.zeros(5, 3).half()},
+            TypeError,
+            "weight must have the dtype of x, torch.float16",
+        ),
+        (
+            {"x": torch.zeros(5, 3, device="meta")},
+            ValueError,
+            "weight must be on the device of x, meta",
+        ),
         ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be at least 1, got 0"),
         ({"checkpoint_every": 1.5}, TypeError, "checkpoint_every must be an integer, got 1.5"),
         ({"scale": torch.ones(1)}, ValueError, "scale must be a number or a tensor over"),

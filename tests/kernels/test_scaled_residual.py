@@ -51,7 +51,9 @@ def test_multiplier_for_each_member(backend):
 def test_slope_at_zero_is_p(backend):
     x, h = torch.zeros(1, 4), torch.tensor([[0.0, -0.0, 1.0, -1.0]])
     options = {"activation": (2.0, 3.0), "mean_subtract": False}
-    gradient = grads(lambda x, h: kernels.scaled_residual(x, h, 1.0, **options), [x, h], torch.ones(1, 4))
+    gradient = grads(
+        lambda x, h: kernels.scaled_residual(x, h, 1.0, **options), [x, h], torch.ones(1, 4)
+    )
     assert gradient[2].tolist() == [[2.0, 2.0, 2.0, -3.0]]
 
 
@@ -113,7 +115,9 @@ def test_equal_bits_on_one_and_many_threads(backend):
         torch.set_num_threads(before)
     if backend.startswith("cpu"):  # torch's own reductions may be split otherwise
         assert all(
-            torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True)
+            torch.equal(a, b)
+            for other in results[1:]
+            for a, b in zip(results[0], other, strict=True)
         )
 
 
@@ -148,7 +152,11 @@ def test_no_second_derivative(backend):
     [
         ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
         ({"h": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "h must be one of float32.*int64"),
-        ({"h": torch.zeros(2, 4)}, ValueError, r"h must have the shape of x, \(2, 3\), got \(2, 4\)"),
+        (
+            {"h": torch.zeros(2, 4)},
+            ValueError,
+            r"h must have the shape of x, \(2, 3\), got \(2, 4\)",
+        ),
         ({"h": torch.zeros(2, 3).double()}, TypeError, "h must have the dtype of x, torch.float32"),
         ({"h": torch.zeros(2, 3, device="meta")}, ValueError, "h must be on the device of x, cpu"),
         ({"scale": math.inf}, ValueError, "scale must be finite, got inf"),

@@ -65,7 +65,9 @@ def test_half_zero_is_depth_mup_with_its_axis_displaced():
         groups = model.param_groups("adamw")
         for group in groups:
             group["lr"] = lr if group["name"] == "hidden" else 2.0**-7
-        optimizer = depthnet.optim.AdamW(groups, weight_decay=0.0)  # lr * decay would be displaced too
+        optimizer = depthnet.optim.AdamW(
+            groups, weight_decay=0.0
+        )  # lr * decay would be displaced too
         losses[name] = []
         for _ in range(5):
             optimizer.zero_grad()
@@ -91,7 +93,9 @@ def test_param_groups_follow_the_table():
 
 def test_member_of_a_population_is_the_single_network():
     shape, options = (6, 16, 5, 3), {"output_std": 0.3}
-    population = ResNet(*shape, population=3, generator=[generator(s) for s in (5, 6, 5)], **options)
+    population = ResNet(
+        *shape, population=3, generator=[generator(s) for s in (5, 6, 5)], **options
+    )
     x = torch.randn(3, 4, 6)
     y = population(x)
     for member, seed in enumerate((5, 6, 5)):
@@ -197,8 +201,16 @@ def test_activations_stay_of_size_one_at_any_depth(depth):
         ({"activation": "gelu"}, ValueError, "activation='gelu' is not one of"),
         ({"parametrization": "muP"}, ValueError, "parametrization='muP'.*did you mean 'mup'"),
         ({"population": 0}, ValueError, "population must be at least 1"),
-        ({"generator": [generator()], "population": 2}, ValueError, "one for each of the 2 members"),
-        ({"active_features": 9}, ValueError, "active_features must be at most in_features, 4, got 9"),
+        (
+            {"generator": [generator()], "population": 2},
+            ValueError,
+            "one for each of the 2 members",
+        ),
+        (
+            {"active_features": 9},
+            ValueError,
+            "active_features must be at most in_features, 4, got 9",
+        ),
         ({"block_multiplier": math.inf}, ValueError, "block_multiplier must be a finite number"),
         ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be at least 1"),
         ({"base_depth": 0}, ValueError, "base_depth must be at least 1"),
@@ -215,7 +227,12 @@ def test_bad_arguments_are_named(change, error, words):
     [
         ({}, torch.zeros(5, 3), ValueError, r"x must have the shape \(B, 4\), got \(5, 3\)"),
         ({}, torch.zeros(4), ValueError, r"x must have the shape \(B, 4\)"),
-        ({"population": 2}, torch.zeros(3, 5, 4), ValueError, r"\(B, 4\) or \(2, B, 4\), got \(3, 5, 4\)"),
+        (
+            {"population": 2},
+            torch.zeros(3, 5, 4),
+            ValueError,
+            r"\(B, 4\) or \(2, B, 4\), got \(3, 5, 4\)",
+        ),
         ({}, torch.zeros(5, 4, dtype=torch.int64), TypeError, "x must have the dtype of the model"),
         ({"active_features": 2}, torch.zeros(5, 2), TypeError, "x must hold the int64 indices"),
     ],

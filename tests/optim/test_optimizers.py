@@ -75,7 +75,11 @@ def test_half_precision_steps_as_accurately_as_torchs(backend, dtype):
             for param, start in zip(params, parameters(dtype), strict=True):
                 param.copy_(start)
     make = depthnet.optim.AdamW
-    for params, optimizer in ((truth, torch.optim.AdamW), (theirs, torch.optim.AdamW), (ours, make)):
+    for params, optimizer in (
+        (truth, torch.optim.AdamW),
+        (theirs, torch.optim.AdamW),
+        (ours, make),
+    ):
         step = optimizer(params, lr=0.01, eps=1e-4)
         gradients(params, 0)
         for param, exact in zip(params, parameters(dtype), strict=True):
@@ -239,7 +243,9 @@ def test_bad_arguments_of_sgd():
 def test_a_group_that_is_refused_is_not_added():
     optimizer = depthnet.optim.AdamW([torch.zeros(2, requires_grad=True)])
     with pytest.raises(ValueError, match="lr_scale"):
-        optimizer.add_param_group({"params": [torch.zeros(3, requires_grad=True)], "lr_scale": [1, 2]})
+        optimizer.add_param_group(
+            {"params": [torch.zeros(3, requires_grad=True)], "lr_scale": [1, 2]}
+        )
     assert len(optimizer.param_groups) == 1
 
 
@@ -489,7 +495,9 @@ def test_bad_arguments_of_the_step_operators():
     kernels.adamw_step_([], [], [], [], [], **rates)
     with pytest.raises(ValueError, match="grads must have 1 tensors, as params has, got 0"):
         kernels.adamw_step_(p, [], p, p, step, **rates)
-    with pytest.raises(ValueError, match=r"exp_avgs\[0\] must have the shape .* \(2, 3\), got \(3\)"):
+    with pytest.raises(
+        ValueError, match=r"exp_avgs\[0\] must have the shape .* \(2, 3\), got \(3\)"
+    ):
         kernels.adamw_step_(p, p, [torch.zeros(3)], p, step, **rates)
     with pytest.raises(ValueError, match="lr must be a number or a 1-dim tensor of 2 entries"):
         kernels.adamw_step_(p, p, p, p, step, **{**rates, "lr": torch.ones(3)}, leading=[1])

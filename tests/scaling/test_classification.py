@@ -66,7 +66,9 @@ def test_claim_7_5_depth_mup():
     assert "Depth-muP" in c.summary
 
 
-@pytest.mark.parametrize(("alpha", "linear"), [(0.5, True), (0.75, True), (0.999, True), (1, False)])
+@pytest.mark.parametrize(
+    ("alpha", "linear"), [(0.5, True), (0.75, True), (0.999, True), (1, False)]
+)
 def test_claim_7_6_layerwise_linearization(alpha, linear):
     assert classify(alpha, 1 - alpha).layerwise_linearization is linear
 

@@ -6,7 +6,13 @@ import pytest
 
 from depthnet.scaling import PRESETS, Parametrization
 
-SHAPES = [(128, 8), (64, 8), (256, 2), (1024, 128), (96, 1000)]  # (width, depth); the base is (128, 8)
+SHAPES = [
+    (128, 8),
+    (64, 8),
+    (256, 2),
+    (1024, 128),
+    (96, 1000),
+]  # (width, depth); the base is (128, 8)
 
 
 def rule(parametrization, role, width, depth, **more):
@@ -28,7 +34,8 @@ def test_the_table(name, width, depth):
     r = rule(name, "input", width, depth)
     assert r.multiplier == 1
     assert close(r.init_std, 784**-0.5)
-    assert close(r.lr_scale("adamw"), 1) and close(r.lr_scale("adam"), 1)
+    assert close(r.lr_scale("adamw"), 1)
+    assert close(r.lr_scale("adam"), 1)
     assert close(r.lr_scale("sgd"), r_n)
     assert close(r.eps_scale(), 1 / r_n)
     assert close(r.weight_decay_scale("adamw"), 1)
@@ -147,9 +154,9 @@ def test_bad_parametrizations(value, error, words):
 
 
 def test_bad_roles_and_optimizers():
-    with pytest.raises(ValueError, match="role='hiden'.*did you mean 'hidden'"):
+    with pytest.raises(ValueError, match=r"role='hiden'.*did you mean 'hidden'"):
         rule("ode", "hiden", 8, 8)
-    with pytest.raises(ValueError, match="optimizer='adamv'.*did you mean 'adam"):
+    with pytest.raises(ValueError, match=r"optimizer='adamv'.*did you mean 'adam"):
         rule("ode", "hidden", 8, 8).lr_scale("adamv")
 
 
@@ -164,5 +171,7 @@ sys.modules["depthnet"] = package  # without running depthnet/__init__.py
 import depthnet.scaling
 print(depthnet.scaling.classify(0.5, 0.5).summary)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert "Depth-muP" in result.stdout, result.stderr
