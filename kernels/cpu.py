@@ -8,14 +8,13 @@ from pathlib import Path
 import torch  # before _C: its OpenMP threads are the ones that the kernels run on
 from torch import Tensor
 
+import depthnet
 from depthnet._checks import one_of
 
 try:
     from depthnet import _C
 except ImportError as error:
-    left_out = Path(__file__).parents[1] / "depthnet" / "_C_left_out.txt"
-    if not left_out.exists():
-        left_out = Path(__file__).parents[1] / "_C_left_out.txt"
+    left_out = Path(depthnet.__path__[0]) / "_C_left_out.txt"  # written by setup.py
     _C, MISSING = None, left_out.read_text().strip() if left_out.exists() else str(error)
 else:
     wanted = os.environ.get("DEPTHNET_CPU_ISA") or _C.isas()[-1]

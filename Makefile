@@ -1,0 +1,48 @@
+# Each target sets up what it needs: a virtual environment, pinned packages, an editable install.
+#   make transfer ARGS="--depths 8 16 32"     make test ARGS="-k residual"
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
+NATIVE := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+
+.PHONY: transfer test lint bench wheel clean
+
+transfer: $(VENV)/.run
+	$(BIN)/depthnet transfer $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Timings of one run may be compared with each other, never with those of another run.
+bench: $(VENV)/.run
+	$(BIN)/python bench/residual.py $(ARGS)
+	$(BIN)/python bench/optimizer.py $(ARGS)
+	$(BIN)/python bench/plot.py
+
+wheel: $(VENV)/.dev
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info depthnet/_C*.so depthnet/_C_left_out.txt
+
+$(VENV)/.python:
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing torch and depthnet into $(VENV); a minute or two."
+	$(PIP) torch==2.13.0
+	touch $@
+
+$(VENV)/.run: $(VENV)/.python $(NATIVE)
+	$(PIP) --editable '.[cli,data,plot]'
+	$(BIN)/depthnet doctor
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) --editable '.[dev]'
+	touch $@
