@@ -2,9 +2,9 @@
 
     python bench/optimizer.py
 
-One AdamW step on a stack of weights (L, n, n), float32: depthnet with a learning rate for each layer, beside
-torch's fused AdamW with one learning rate, and with a group for each layer; and a copy of the bytes
-that AdamW must move, 28 an element (p, m, v read and written, g read).
+One AdamW step on a stack of weights (L, n, n), float32: depthnet with a learning rate for each
+layer, beside torch's fused AdamW with one learning rate, and with a group for each layer; and a
+copy of the bytes that AdamW must move, 28 an element (p, m, v read and written, g read).
 """
 
 import torch
@@ -45,7 +45,8 @@ def main() -> None:
         ours = next(iter(times.values()))
         for provider, seconds in times.items():
             print(
-                f"n={n:<5} L={depth:<4} {provider:<36} {seconds * 1e3:8.3f} ms {seconds / ours:6.2f} x ours"
+                f"n={n:<5} L={depth:<4} {provider:<36} {seconds * 1e3:8.3f} ms "
+                f"{seconds / ours:6.2f} x ours"
             )
             rows.append(
                 {

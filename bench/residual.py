@@ -70,7 +70,8 @@ def providers(mode: str, rows: int, n: int, dtype: torch.dtype) -> tuple[dict, f
 def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     print(
-        f"{'mode':>8} {'dtype':>9} {'rows':>6} {'n':>5}  GB/s: depthnet  eager compile   copy  of copy  x best"
+        f"{'mode':>8} {'dtype':>9} {'rows':>6} {'n':>5}  GB/s: depthnet  eager compile   copy"
+        "  of copy  x best"
     )
     rows = []
     for dtype, mode in itertools.product((torch.float32, torch.bfloat16), ("forward", "backward")):

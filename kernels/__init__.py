@@ -1,15 +1,10 @@
 """Operators for deep residual stacks, each on the fastest backend that can run it."""
 
 from depthnet.kernels.activations import ACTIVATIONS, slopes
-from depthnet.kernels.ops import (
-    BackendStatus,
-    adamw_step_,
-    backends,
-    residual_stack,
-    scaled_residual,
-    sgd_step_,
-    use_backend,
-)
+from depthnet.kernels.dispatch import BackendStatus, backends, use_backend
+from depthnet.kernels.optimizer import adamw_step_, sgd_step_
+from depthnet.kernels.residual import scaled_residual
+from depthnet.kernels.stack import residual_stack
 
 __all__ = [
     "ACTIVATIONS",

@@ -1,9 +1,9 @@
 """Every operator in plain PyTorch: the definition of what the other backends compute.
 
-Tensors come here checked and flattened (kernels/ops.py): x and h are (P, rows, n) and weights
-(P, L, n, n), P being the number of networks in a population, 1 for a single network.  The branch
-multiplier of member m is `scale * scales[m]`, or `scale` where `scales` is None.  Without `save`,
-the forward passes are ordinary differentiable PyTorch.
+Tensors come here checked and flattened: x and h are (P, rows, n), weights (P, L, n, n), P being the
+number of networks in a population, 1 for a single network.  The branch multiplier of member m is
+`scale * scales[m]`, or `scale` where `scales` is None.  Without `save`, the forward passes are
+ordinary differentiable PyTorch.
 
 Precision: the residual stream and all sums are float32 (float64 for float64 inputs); GEMM operands
 are in the weight's dtype.

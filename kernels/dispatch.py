@@ -1,0 +1,113 @@
+"""Which backend runs an operator, and how an operator is registered with torch.library.
+
+An operator has one implementation for every device, which asks the backends in turn.  What is saved for
+the backward pass has the same layout in every backend.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from depthnet._checks import one_of
+from depthnet.kernels import cpu, reference
+
+BACKENDS = {"cpu": cpu, "reference": reference}  # in the order in which `auto` tries them
+
+_choice = one_of(
+    "DEPTHNET_BACKEND", os.environ.get("DEPTHNET_BACKEND", "auto"), ["auto", *BACKENDS]
+)
+
+
+@contextmanager
+def use_backend(name: str):
+    """Run the operators inside the `with` block on one backend: `reference`, `cpu`, or `auto`.
+
+    The choice is the process's, like torch.backends' flags, so that the autograd engine's threads see
+    it.  DEPTHNET_BACKEND sets it at import.  A named backend that cannot run an operator raises a
+    RuntimeError with every backend's reasons; `auto` takes the first that can.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    global _choice
+    previous, _choice = _choice, one_of("backend", name, ["auto", *BACKENDS])
+    try:
+        yield
+    finally:
+        _choice = previous
+
+
+class BackendStatus(NamedTuple):
+    """One backend: whether it can run on this machine, why not, and what it is made of."""
+
+    name: str
+    active: bool
+    reasons: list[str]
+    details: str
+
+
+def backends() -> list[BackendStatus]:
+    """Every backend, in the order in which `auto` tries them."""
+    status = []
+    for name, backend in BACKENDS.items():
+        reasons = backend.unsupported("scaled_residual")
+        status.append(
+            BackendStatus(name, not reasons, reasons, "" if reasons else backend.details())
+        )
+    return status
+
+
+def select(op: str, *tensors: Tensor):
+    """The module of the backend that runs `op` on these tensors."""
+    names = BACKENDS if _choice == "auto" else [_choice]
+    for name in names:
+        if not BACKENDS[name].unsupported(op, *tensors):
+            return BACKENDS[name]
+    reasons = "".join(
+        f"\n  {name}: {'; '.join(backend.unsupported(op, *tensors)) or 'can run it'}"
+        for name, backend in BACKENDS.items()
+    )
+    raise RuntimeError(f"backend {_choice!r} was asked for and cannot run {op}:{reasons}")
+
+
+_library = torch.library.Library("depthnet", "DEF")
+
+
+def autocast_enabled(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device, which may be one that has none."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def register(schema: str, implementation, fake) -> None:
+    """Define an operator with one implementation for all devices, and its fake kernel."""
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(first, *args):
+        # In which dtype each step is computed is the operator's own matter, also inside autocast.
+        tensor = first if isinstance(first, Tensor) else first[0]
+        if autocast_enabled(tensor):
+            with torch.autocast(tensor.device.type, enabled=False):
+                return implementation(first, *args)
+        return implementation(first, *args)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"depthnet::{name}", fake, lib=_library)
+
+
+def register_autograd(op: str, backward, setup_context) -> None:
+    """The gradient of `op`, whose own operator, `op`_backward, has none."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"depthnet.kernels.{op} cannot be differentiated twice")
+
+    torch.library.register_autograd(
+        f"depthnet::{op}", backward, setup_context=setup_context, lib=_library
+    )
+    torch.library.register_autograd(f"depthnet::{op}_backward", refuse, lib=_library)
