@@ -26,7 +26,23 @@ def normal_(weight: Tensor, std: float, population: int | None, generator: Gener
                 member.zero_()
 
 
-class Linear(nn.Module):
+class _Layer(nn.Module):
+    """One weight of shape (*P, rows, columns), drawn from N(0, std^2)."""
+
+    def __init__(self, rows, columns, std, population, device, dtype):
+        super().__init__()
+        self.std, self.population = std, population
+        lead = () if population is None else (population,)
+        self.weight = nn.Parameter(torch.empty(*lead, rows, columns, device=device, dtype=dtype))
+
+    def reset_parameters(self, generator: Generators = None) -> None:
+        normal_(self.weight, self.std, self.population, generator)
+
+    def extra_repr(self) -> str:
+        return f"weight={tuple(self.weight.shape)}, std={self.std:.4g}"
+
+
+class Linear(_Layer):
     """y = x W^T without bias, one W for each member of a population.
 
     Input (*P, B, in_features), or (B, in_features) for all members alike; weight (*P, out_features,
@@ -34,24 +50,13 @@ class Linear(nn.Module):
     """
 
     def __init__(self, in_features, out_features, std, *, population=None, device=None, dtype=None):
-        super().__init__()
-        self.std, self.population = std, population
-        lead = () if population is None else (population,)
-        self.weight = nn.Parameter(
-            torch.empty(*lead, out_features, in_features, device=device, dtype=dtype)
-        )
-
-    def reset_parameters(self, generator: Generators = None) -> None:
-        normal_(self.weight, self.std, self.population, generator)
+        super().__init__(out_features, in_features, std, population, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.mT
 
-    def extra_repr(self) -> str:
-        return f"weight={tuple(self.weight.shape)}, std={self.std:.4g}"
 
-
-class EmbeddingSum(nn.Module):
+class EmbeddingSum(_Layer):
     """A Linear layer on inputs of zeros and a few ones, given by the indices of the ones.
 
     Input int64 (*P, B, active), or (B, active) for all members alike; weight (*P, in_features,
@@ -59,24 +64,18 @@ class EmbeddingSum(nn.Module):
     """
 
     def __init__(self, in_features, out_features, std, *, population=None, device=None, dtype=None):
-        super().__init__()
-        self.std, self.population = std, population
-        lead = () if population is None else (population,)
-        self.weight = nn.Parameter(
-            torch.empty(*lead, in_features, out_features, device=device, dtype=dtype)
-        )
-
-    def reset_parameters(self, generator: Generators = None) -> None:
-        normal_(self.weight, self.std, self.population, generator)
+        super().__init__(in_features, out_features, std, population, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.population is not None:
-            offset = torch.arange(self.population, device=x.device) * self.weight.shape[1]
-            x = x + offset[:, None, None]
+            features = self.weight.shape[1]
+            # Beyond them lie the rows of the next member.  Asynchronous: no wait for a GPU.
+            torch._assert_async(
+                ((x >= 0) & (x < features)).all(),
+                f"x must hold indices of features, from 0 to {features - 1}",
+            )
+            x = x + features * torch.arange(self.population, device=x.device)[:, None, None]
         rows = nn.functional.embedding_bag(
             x.flatten(0, -2), self.weight.view(-1, self.weight.shape[-1]), mode="sum"
         )
         return rows.view(*x.shape[:-1], -1)
-
-    def extra_repr(self) -> str:
-        return f"weight={tuple(self.weight.shape)}, std={self.std:.4g}"

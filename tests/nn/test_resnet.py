@@ -126,6 +126,14 @@ def test_active_features_are_a_one_hot_input_never_materialised(population):
     torch.testing.assert_close(sparse.input.weight.grad, dense.input.weight.grad.mT)
 
 
+@pytest.mark.parametrize("population", [None, 2])
+def test_active_features_stay_in_their_member(population):
+    model = ResNet(12, 16, 2, 3, population=population, active_features=4)
+    for bad in (12, -1):
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.tensor([[0, 1, 2, bad]]))
+
+
 def test_checkpointing_does_not_change_the_gradients():
     x = torch.randn(4, 6)
     gradients = []

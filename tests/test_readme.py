@@ -1,0 +1,40 @@
+"""What the README shows is true."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from depthnet.scaling import PRESETS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs_and_learns():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    scope = {}
+    torch.manual_seed(0)
+    exec(code, scope)
+    assert scope["loss"].item() < 0.1
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/parametrizations.md"])
+def test_presets_are_listed_with_their_exponents(document):
+    numbers = {"0": 0.0, "1/2": 0.5, "1": 1.0}
+    rows = re.findall(
+        r"^\| (`.*?) \| (\S+) \| (\S+) \|", (ROOT / document).read_text(), re.MULTILINE
+    )
+    found = {
+        name: (numbers[alpha], numbers[gamma])
+        for names, alpha, gamma in rows
+        if alpha in numbers
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    assert found == {name: (preset.alpha, preset.gamma) for name, preset in PRESETS.items()}
+
+
+def test_files_that_are_linked_exist():
+    for target in re.findall(r"\]\((?!https)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
