@@ -72,44 +72,42 @@ void residual_backward(int dtype, int64_t members, int64_t rows, int64_t n, uint
 // A row of the tables below: the tensors of one parameter and how it is cut into slices.
 struct Parameter {
   int64_t param, grad, state0, state1;  // addresses; 0 for none
-  int64_t step;                         // address of the float32 step count, 0 for none
   int64_t size, slices;
 };
 
 // Elements a chunk: small enough to share out evenly, large enough to outweigh its constants.
 constexpr int64_t kChunk = 16384;
 
-// Runs `kernel` over all slices of all parameters; the tables of rates have an entry for each slice.
-// `eps` may be null.  Steps are incremented first.
-void run_step(StepKernel kernel, const Parameter* parameters, int64_t count, const double* lr,
-              const double* eps, const double* weight_decay, const StepOptions& options, int threads) {
+// Runs `kernel` over all slices of all parameters.  `steps` has an entry for each parameter, the tables
+// of rates have one for each slice; `steps` and `eps` may be null.
+void run_step(StepKernel kernel, const Parameter* parameters, int64_t count, const double* steps,
+              const double* lr, const double* eps, const double* weight_decay,
+              const StepOptions& options, int threads) {
   py::gil_scoped_release nogil;
   std::vector<Chunk> chunks;
   int64_t slice = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Parameter& t = parameters[i];
-    float* step = address<float>(t.step);
-    if (step) *step += 1;
     const int64_t length = t.slices ? t.size / t.slices : 0;
     for (int64_t s = 0; s < t.slices; ++s, ++slice)
       for (int64_t begin = s * length, end = begin + length; begin < end; begin += kChunk)
         chunks.push_back({address<void>(t.param), address<void>(t.grad),
                           {address<void>(t.state0), address<void>(t.state1)},
                           begin, std::min(begin + kChunk, end), lr[slice], eps ? eps[slice] : 0,
-                          weight_decay[slice], step ? double(*step) : 0});
+                          weight_decay[slice], steps ? steps[i] : 0});
   }
   parallel_for(threads, int64_t(chunks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kernel(chunks[size_t(i)], options);
   });
 }
 
-void adamw_step(int dtype, uintptr_t parameters, int64_t count, uintptr_t lr, uintptr_t eps,
-                uintptr_t weight_decay, double beta1, double beta2, bool decoupled, int threads) {
+void adamw_step(int dtype, uintptr_t parameters, int64_t count, uintptr_t steps, uintptr_t lr,
+                uintptr_t eps, uintptr_t weight_decay, double beta1, double beta2, bool decoupled, int threads) {
   StepOptions options{};
   options.beta1 = beta1, options.beta2 = beta2, options.decoupled = decoupled;
   run_step(selected->adamw_step[dtype], address<const Parameter>(parameters), count,
-           address<const double>(lr), address<const double>(eps), address<const double>(weight_decay),
-           options, threads);
+           address<const double>(steps), address<const double>(lr), address<const double>(eps),
+           address<const double>(weight_decay), options, threads);
 }
 
 void sgd_step(int dtype, uintptr_t parameters, int64_t count, uintptr_t lr, uintptr_t weight_decay,
@@ -118,7 +116,8 @@ void sgd_step(int dtype, uintptr_t parameters, int64_t count, uintptr_t lr, uint
   options.momentum = momentum, options.dampening = dampening;
   options.nesterov = nesterov, options.decoupled = decoupled;
   run_step(selected->sgd_step[dtype], address<const Parameter>(parameters), count,
-           address<const double>(lr), nullptr, address<const double>(weight_decay), options, threads);
+           nullptr, address<const double>(lr), nullptr, address<const double>(weight_decay), options,
+           threads);
 }
 
 }  // namespace

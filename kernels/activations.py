@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from depthnet._checks import one_of
 
 ACTIVATIONS: dict[str, tuple[float, float]] = {
@@ -32,6 +34,6 @@ def slopes(activation: str | tuple[float, float]) -> tuple[float, float]:
             f"activation must be a name ({', '.join(ACTIVATIONS)}) or a pair of slopes (p, q), "
             f"got {activation!r}"
         ) from None
-    if not (math.isfinite(p) and math.isfinite(q)):
+    if not torch.compiler.is_compiling() and not (math.isfinite(p) and math.isfinite(q)):
         raise ValueError(f"activation=(p, q) must be finite slopes, got {activation!r}")
     return p, q

@@ -43,7 +43,7 @@ def multiplier(scale: object, x: Tensor, lead: torch.Size | None) -> tuple[float
             value = float(scale)
         except (TypeError, ValueError):
             raise TypeError(f"scale must be a number or a tensor, got {scale!r}") from None
-        if not math.isfinite(value):
+        if not torch.compiler.is_compiling() and not math.isfinite(value):
             raise ValueError(f"scale must be finite, got {scale!r}")
         return value, None
     if scale.requires_grad:
@@ -58,12 +58,9 @@ def multiplier(scale: object, x: Tensor, lead: torch.Size | None) -> tuple[float
         )
     if scale.device != x.device:
         raise ValueError(f"scale must be on the device of x, {x.device}, got {scale.device}")
-    # Reading a device's tensor would wait for the device: only values at hand are checked.
-    if (
-        scale.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not scale.isfinite().all()
-    ):
+    # Reading a device's tensor would wait for the device, and a traced one has no values.
+    plain = type(scale) in (Tensor, torch.nn.Parameter) and scale.device.type == "cpu"
+    if plain and not torch.compiler.is_compiling() and not scale.isfinite().all():
         raise ValueError(f"scale must be finite, got {scale!r}")
     return 1.0, scale.to(torch.float64).reshape(-1)
 
@@ -82,6 +79,8 @@ def count_slices(params: Sequence[Tensor], leading: Sequence[int] | None) -> tup
 
 
 def check_lists(params: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
+    for index, param in enumerate(params):
+        check_float_tensor(f"params[{index}]", param)
     for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise ValueError(
@@ -97,7 +96,7 @@ def check_lists(params: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
 
 def rate_table(name: str, value: float | Tensor, slices: int, like: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
-        value = torch.full((), value, dtype=torch.float64)
+        value = torch.full((), value, dtype=torch.float64, device=like.device)
     if value.ndim not in (0, 1) or (value.ndim == 1 and len(value) != slices):
         raise ValueError(
             f"{name} must be a number or a 1-dim tensor of {slices} entries, one for each slice, "

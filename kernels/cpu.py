@@ -51,9 +51,13 @@ def details() -> str:
     return f"{_C.selected_isa()} of {', '.join(_C.isas())}; {threads} threads"
 
 
-def _scale(scale: float, scales: Tensor | None, p: float, q: float, mean_subtract: bool) -> tuple:
+def _constants(
+    scale: float, scales: Tensor | None, p: float, q: float, mean_subtract: bool
+) -> tuple[tuple, Tensor | None]:
+    """The last arguments of the residual kernels, and the tensor that must outlive the call."""
+    scales = None if scales is None else scales.contiguous()
     address = 0 if scales is None else scales.data_ptr()
-    return scale, address, p, q, mean_subtract, torch.get_num_threads()
+    return (scale, address, p, q, mean_subtract, torch.get_num_threads()), scales
 
 
 def _block(tensor: Tensor) -> tuple[int, int]:
@@ -74,9 +78,9 @@ def scaled_residual(
     x, h, y = x.contiguous(), h.contiguous(), torch.empty(x.shape, dtype=x.dtype)
     signs = torch.empty((*x.shape[:2], -(-x.shape[2] // 8)) if save else 0, dtype=torch.uint8)
     address = _block(signs) if save else (0, 0)
-    scale = _scale(scale, scales, p, q, mean_subtract)
+    constants, _alive = _constants(scale, scales, p, q, mean_subtract)
     _C.residual_forward(
-        DTYPES[x.dtype], *x.shape, *_block(x), *_block(h), *_block(y), *address, *scale
+        DTYPES[x.dtype], *x.shape, *_block(x), *_block(h), *_block(y), *address, *constants
     )
     return y, signs
 
@@ -91,9 +95,9 @@ def scaled_residual_backward(
     mean_subtract: bool,
 ) -> Tensor:
     grad, out = grad.contiguous(), torch.empty(grad.shape, dtype=grad.dtype)
-    scale = _scale(scale, scales, p, q, mean_subtract)
+    constants, _alive = _constants(scale, scales, p, q, mean_subtract)
     blocks = _block(grad), _block(signs), _block(out)
-    _C.residual_backward(DTYPES[grad.dtype], *grad.shape, *sum(blocks, ()), *scale)
+    _C.residual_backward(DTYPES[grad.dtype], *grad.shape, *sum(blocks, ()), *constants)
     return out
 
 
@@ -114,7 +118,7 @@ def residual_stack(
     y, h = torch.empty_like(x), torch.empty_like(x)
     inputs = torch.empty((members, depth, rows, n) if save else 0, dtype=x.dtype)
     signs = torch.empty((members, depth, rows, (n + 7) // 8) if save else 0, dtype=torch.uint8)
-    scale = _scale(scale, scales, p, q, mean_subtract)
+    constants, _alive = _constants(scale, scales, p, q, mean_subtract)
     stream, address = x, (0, 0)
     if save:
         stream = inputs[:, 0].copy_(x)
@@ -124,7 +128,15 @@ def residual_stack(
         if save:
             address = _block(signs[:, layer])
         _C.residual_forward(
-            dtype, members, rows, n, *_block(stream), *_block(h), *_block(into), *address, *scale
+            dtype,
+            members,
+            rows,
+            n,
+            *_block(stream),
+            *_block(h),
+            *_block(into),
+            *address,
+            *constants,
         )
         stream = into
     return y, inputs, signs
@@ -146,11 +158,12 @@ def residual_stack_backward(
     g = grad.clone(memory_format=torch.contiguous_format)
     members, depth, rows, n = inputs.shape
     d = torch.empty(members, depth if weight_grad else 1, rows, n, dtype=grad.dtype)
-    scale, dtype = _scale(scale, scales, p, q, mean_subtract), DTYPES[grad.dtype]
+    constants, _alive = _constants(scale, scales, p, q, mean_subtract)
+    dtype = DTYPES[grad.dtype]
     for layer in reversed(range(depth)):
         d_layer = d[:, layer if weight_grad else 0]
         blocks = _block(g), _block(signs[:, layer]), _block(d_layer)
-        _C.residual_backward(dtype, members, rows, n, *sum(blocks, ()), *scale)
+        _C.residual_backward(dtype, members, rows, n, *sum(blocks, ()), *constants)
         torch.baddbmm(g, d_layer, weight[:, layer], out=g)
     if not weight_grad:
         return g, weight.new_empty(0)
@@ -160,19 +173,14 @@ def residual_stack_backward(
 
 
 def _parameters(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[list[Tensor]],
-    steps: list[Tensor],
-    leading: list[int],
+    params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], leading: list[int]
 ) -> Tensor:
     """The table of csrc/bindings.cpp: a row of addresses and sizes for each parameter."""
     columns = [[tensor.data_ptr() for tensor in tensors] for tensors in (params, grads, *states)]
     columns += [[0] * len(params)] * (2 - len(states))
-    columns += [[step.data_ptr() for step in steps] or [0] * len(params)]
     columns += [[param.numel() for param in params]]
     columns += [[param.shape[:dims].numel() for param, dims in zip(params, leading, strict=True)]]
-    return torch.tensor(list(zip(*columns, strict=True)), dtype=torch.int64)
+    return torch.tensor(list(zip(*columns, strict=True)), dtype=torch.int64, device="cpu")
 
 
 def adamw_step_(
@@ -189,13 +197,16 @@ def adamw_step_(
     beta2: float,
     decoupled: bool,
 ) -> None:
-    table = _parameters(params, grads, [exp_avgs, exp_avg_sqs], steps, leading)
+    torch._foreach_add_(steps, 1)
+    counts = torch.tensor([step.item() for step in steps], dtype=torch.float64, device="cpu")
+    table = _parameters(params, grads, [exp_avgs, exp_avg_sqs], leading)
     rates = [rate.contiguous() for rate in (lr, eps, weight_decay)]
     _C.adamw_step(
         DTYPES[params[0].dtype],
-        *(table.data_ptr(), len(params), *(rate.data_ptr() for rate in rates)),
+        *(table.data_ptr(), len(params), counts.data_ptr(), *(rate.data_ptr() for rate in rates)),
         *(beta1, beta2, decoupled, torch.get_num_threads()),
     )
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
 
 
 def sgd_step_(
@@ -210,11 +221,11 @@ def sgd_step_(
     nesterov: bool,
     decoupled: bool,
 ) -> None:
-    states = [momentum_buffers] if momentum_buffers else []
-    table = _parameters(params, grads, states, [], leading)
+    table = _parameters(params, grads, [momentum_buffers] if momentum_buffers else [], leading)
     rates = [rate.contiguous() for rate in (lr, weight_decay)]
     _C.sgd_step(
         DTYPES[params[0].dtype],
         *(table.data_ptr(), len(params), *(rate.data_ptr() for rate in rates)),
         *(momentum, dampening, nesterov, decoupled, torch.get_num_threads()),
     )
+    torch.autograd.graph.increment_version([*params, *momentum_buffers])

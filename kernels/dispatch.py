@@ -89,13 +89,18 @@ def register(schema: str, implementation, fake) -> None:
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
+    def contiguous(output):  # as the fakes promise
+        if isinstance(output, tuple):
+            return tuple(tensor.contiguous() for tensor in output)
+        return output if output is None else output.contiguous()
+
     def run(first, *args):
         # In which dtype each step is computed is the operator's own matter, also inside autocast.
         tensor = first if isinstance(first, Tensor) else first[0]
         if autocast_enabled(tensor):
             with torch.autocast(tensor.device.type, enabled=False):
-                return implementation(first, *args)
-        return implementation(first, *args)
+                return contiguous(implementation(first, *args))
+        return contiguous(implementation(first, *args))
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"depthnet::{name}", fake, lib=_library)

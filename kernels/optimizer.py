@@ -41,6 +41,7 @@ register(
 )
 
 
+@torch.no_grad()
 def adamw_step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -74,8 +75,8 @@ def adamw_step_(
     """
     leading, slices = count_slices(params, leading)
     check_lists(params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    if len(steps) != len(params):
-        raise ValueError(f"steps must have {len(params)} tensors, as params has, got {len(steps)}")
+    if len(steps) != len(params) or any(step.numel() != 1 for step in steps):
+        raise ValueError(f"steps must be {len(params)} tensors of one element, got {list(steps)}")
     if not params:
         return
     lr = rate_table("lr", lr, slices, params[0])
@@ -87,6 +88,7 @@ def adamw_step_(
     )
 
 
+@torch.no_grad()
 def sgd_step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

@@ -152,7 +152,7 @@ def residual_stack(
         checkpoint_every: None, or the number of layers between two kept x_l.
 
     Returns:
-        x_L, of the shape and dtype of x.
+        x_L, of the shape and dtype of x; under autocast float32.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, device, shape or value.

@@ -20,8 +20,8 @@ int available_isas(const Isa* out[3]) {
   int count = 0;
   out[count++] = &kIsas[0];
 #ifdef DEPTHNET_HAVE_AVX512
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
+  // Every CPU with AVX2 has F16C, whose name old compilers do not know here.
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     out[count++] = &kIsas[1];
   if (count == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))

@@ -11,7 +11,7 @@ bool have_threads();
 // Calls body(context, part) for part = 0 .. parts-1, on up to `parts` threads.
 void run_parts(int parts, void (*body)(void*, int), void* context);
 
-// Splits 0 .. size into at most `threads` even ranges of at least `grain` and calls
+// Splits 0 .. size into even ranges, one for each started `grain` but at most `threads`, and calls
 // f(begin, end) for each.  Every index is handled whole by one thread.
 template <class F>
 void parallel_for(int threads, int64_t size, int64_t grain, const F& f) {

@@ -8,6 +8,14 @@ namespace depthnet {
 namespace DEPTHNET_ISA {
 namespace {
 
+// Sums are kept in vectors for this many elements, then added up in double precision.
+constexpr int64_t kSumBlock = 4096;
+
+template <class C>
+double total(const Vec<C>* partial) {
+  return double(sum<C>((partial[0] + partial[1]) + (partial[2] + partial[3])));
+}
+
 // Bits of h >= 0 for one step, and phi(h) added to the partial sums.
 template <class T, class C = Compute<T>>
 uint32_t sign_step(const T* h, Vec<C> p, Vec<C> minus_q, Vec<C>* partial) {
@@ -43,18 +51,24 @@ void forward(const Residual& r, int64_t begin, int64_t end) {
     Vec<C> mean{};
     if (r.signs || r.mean_subtract) {
       uint8_t* signs = r.signs ? r.signs + member * r.signs_stride + row * sign_bytes : nullptr;
-      Vec<C> partial[4]{};
-      for (int64_t i = 0; i < whole; i += kStep) {
-        uint32_t bits = sign_step(h + i, p, minus_q, partial);
-        if (signs) std::memcpy(signs + i / 8, &bits, 4);
+      double row_sum = 0;
+      for (int64_t block = 0; block < whole; block += kSumBlock) {
+        Vec<C> partial[4]{};
+        const int64_t block_end = block + kSumBlock < whole ? block + kSumBlock : whole;
+        for (int64_t i = block; i < block_end; i += kStep) {
+          uint32_t bits = sign_step(h + i, p, minus_q, partial);
+          if (signs) std::memcpy(signs + i / 8, &bits, 4);
+        }
+        row_sum += total<C>(partial);
       }
       if (rest) {
+        Vec<C> partial[4]{};
         uint32_t bits = sign_step(Padded<T>(h + whole, rest).values, p, minus_q, partial);
         bits &= (uint32_t(1) << rest) - 1;
         if (signs) std::memcpy(signs + whole / 8, &bits, size_t(sign_bytes - whole / 8));
+        row_sum += total<C>(partial);
       }
-      if (r.mean_subtract)
-        mean = broadcast(sum<C>((partial[0] + partial[1]) + (partial[2] + partial[3])) / C(n));
+      if (r.mean_subtract) mean = broadcast(C(row_sum / double(n)));
     }
 
     const Vec<C> scale = broadcast(C(r.scales ? r.scale * r.scales[member] : r.scale));
@@ -94,10 +108,19 @@ void backward(const Residual& r, int64_t begin, int64_t end) {
 
     Vec<C> mean{};
     if (r.mean_subtract) {
-      Vec<C> partial[4]{};
-      for (int64_t i = 0; i < whole; i += kStep) sum_step(g + i, partial);
-      if (rest) sum_step(Padded<T>(g + whole, rest).values, partial);
-      mean = broadcast(sum<C>((partial[0] + partial[1]) + (partial[2] + partial[3])) / C(n));
+      double row_sum = 0;
+      for (int64_t block = 0; block < whole; block += kSumBlock) {
+        Vec<C> partial[4]{};
+        const int64_t block_end = block + kSumBlock < whole ? block + kSumBlock : whole;
+        for (int64_t i = block; i < block_end; i += kStep) sum_step(g + i, partial);
+        row_sum += total<C>(partial);
+      }
+      if (rest) {
+        Vec<C> partial[4]{};
+        sum_step(Padded<T>(g + whole, rest).values, partial);
+        row_sum += total<C>(partial);
+      }
+      mean = broadcast(C(row_sum / double(n)));
     }
 
     const Vec<C> scale = broadcast(C(r.scales ? r.scale * r.scales[member] : r.scale));

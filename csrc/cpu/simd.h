@@ -157,11 +157,13 @@ static inline Vec<float> load(const float16* from) {
   Half half;
   std::memcpy(&half, from, sizeof half);
   Word bits = __builtin_convertvector(half, Word);
-  Word sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
-  // 2^112 re-biases the exponent, subnormals included; an all-ones exponent stays all ones.
-  Vec<float> finite = (Vec<float>)(magnitude << 13) * 0x1p112f;
-  Word special = (magnitude << 13) | 0x7f800000;
-  return (Vec<float>)((magnitude >= 0x7c00 ? special : (Word)finite) | sign);
+  Word sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff, shifted = magnitude << 13;
+  // No subnormal float occurs on the way: they may be flushed to zero.
+  Word least = Word{} + (113u << 23);  // 2^-14, the least normal half
+  Word subnormal = (Word)((Vec<float>)(shifted + least) - (Vec<float>)least);
+  Word value = magnitude < 0x400 ? subnormal : shifted + (112u << 23);
+  value = magnitude >= 0x7c00 ? shifted | 0x7f800000 : value;
+  return (Vec<float>)(value | sign);
 }
 static inline void store(float16* to, Vec<float> v) {
   Word bits = (Word)v;
@@ -173,8 +175,11 @@ static inline void store(float16* to, Vec<float> v) {
   Vec<float> magic = (Vec<float>)(exponent + (13u << 23));
   magic = magic < 0x1p-1f ? broadcast<float>(0x1p-1f) : magic;
   Vec<float> rounded = (absolute + magic) - magic;
-  Word normal = ((Word)(rounded * 0x1p-112f)) >> 13;
-  Word half = absolute >= 65520.f ? Word{} + 0x7c00 : normal;
+  Word normal = ((Word)rounded - (112u << 23)) >> 13;
+  Vec<float> in_steps = rounded < 0x1p-14f ? rounded * 0x1p24f : Vec<float>{};
+  Word subnormal = __builtin_convertvector(in_steps, Word);
+  Word half = rounded < 0x1p-14f ? subnormal : normal;
+  half = absolute >= 65520.f ? Word{} + 0x7c00 : half;
   half = v == v ? half : ((magnitude >> 13) & 0x3ff) | 0x7e00;
   Half packed = __builtin_convertvector(half | (sign >> 16), Half);
   std::memcpy(to, &packed, sizeof packed);

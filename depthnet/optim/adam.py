@@ -48,14 +48,16 @@ class Adam(ScaledOptimizer):
         super().__init__(params, {**defaults, "decoupled_weight_decay": decoupled_weight_decay})
 
     def _constants(self, group: dict, param: Tensor) -> tuple:
-        return tuple(group["betas"]), group.get("decoupled_weight_decay", self.rule == "adamw")
+        # A checkpoint of an old torch lacks the key.
+        decoupled = group.get("decoupled_weight_decay", self.defaults["decoupled_weight_decay"])
+        return tuple(group["betas"]), decoupled
 
     def _step(self, batch, betas, decoupled) -> None:
         params = [param for param, _ in batch]
         for param in params:
             state = self.state[param]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                 state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         leading, (lr, eps, weight_decay) = rate_tables(batch, "lr", "eps", "weight_decay")

@@ -31,14 +31,13 @@ class ScaledOptimizer(torch.optim.Optimizer):
         if isinstance(params, torch.nn.Module):
             params = param_groups(params, self.rule)
         else:
-            params = list(params)
-            plain = [item for item in params if not isinstance(item, dict)]
-            plain = [item[1] if isinstance(item, tuple) else item for item in plain]
+            params = [_listed(item) if isinstance(item, dict) else item for item in params]
+            bare = [item for item in params if not isinstance(item, dict)]
             for group in params:
                 if isinstance(group, dict) and not set(SCALES) & set(group):
-                    members = group["params"]
-                    plain += [members] if isinstance(members, Tensor) else list(members)
-            check_unscaled(plain, self.rule, name)
+                    bare += group["params"]
+            bare = [item[1] if isinstance(item, tuple) else item for item in bare]  # (name, tensor)
+            check_unscaled(bare, self.rule, name)
         super().__init__(params, {**defaults, **dict.fromkeys(SCALES, 1.0)})
 
     def add_param_group(self, param_group: dict) -> None:
@@ -51,6 +50,9 @@ class ScaledOptimizer(torch.optim.Optimizer):
             raise
 
     def _check_group(self, group: dict) -> None:
+        for option in ("amsgrad", "maximize", "differentiable"):
+            if group.get(option):
+                raise ValueError(f"{option}=True is not supported")
         for key in SCALES:
             group[key] = _rates(key, group[key])
         lr = _rates("lr", group["lr"], keep_scalar_tensor=True)
@@ -60,9 +62,11 @@ class ScaledOptimizer(torch.optim.Optimizer):
                 lr = lr.reshape((*lr.shape, *[1] * (scale.ndim - lr.ndim)))
             lr, group["lr_scale"] = 1.0, lr * scale
         group["lr"] = lr
-        for key in ("lr", "eps", "weight_decay"):
-            if key in group and not isinstance(group[key], Tensor) and not group[key] >= 0:
-                raise ValueError(f"{key} must not be negative, got {group[key]}")
+        for key in ("eps", "weight_decay"):
+            if key in group and getattr(_rates(key, group[key]), "ndim", 0):
+                raise TypeError(
+                    f"{key} must be a number, got {group[key]!r}; {key}_scale may be a vector"
+                )
         for param in group["params"]:
             if param.is_complex():
                 raise TypeError(f"params must be real, got {param.dtype}")
@@ -75,13 +79,15 @@ class ScaledOptimizer(torch.optim.Optimizer):
                     )
 
     def __setstate__(self, state: dict) -> None:
-        # A checkpoint of torch.optim has plain numbers, every scale multiplied out.
+        # A checkpoint of torch.optim has plain numbers, every scale multiplied out; one of an old torch
+        # counts steps in a number.
         for group in state["param_groups"]:
-            for option in ("amsgrad", "maximize", "differentiable"):
-                if group.get(option):
-                    raise ValueError(f"state_dict: {option}=True is not supported")
             for key in SCALES:
                 group.setdefault(key, 1.0)
+            self._check_group(group)
+        for entry in state["state"].values():
+            if "step" in entry and not isinstance(entry["step"], Tensor):
+                entry["step"] = torch.tensor(float(entry["step"]), device="cpu")
         super().__setstate__(state)
 
     def torch_state_dict(self) -> dict:
@@ -96,8 +102,10 @@ class ScaledOptimizer(torch.optim.Optimizer):
                 scale, name = group.pop(key), HYPERPARAMETERS[key]
                 if isinstance(scale, Tensor):
                     raise ValueError(f"{key} is a vector, which torch.optim's groups cannot hold")
-                if name in group:
-                    group[name] = group[name] * scale
+                # What schedulers keep in a group is a learning rate too.
+                for entry in (name, "initial_lr", "max_lr", "min_lr") if name == "lr" else (name,):
+                    if entry in group:
+                        group[entry] = group[entry] * scale
         return state
 
     @torch.no_grad()
@@ -131,6 +139,12 @@ class ScaledOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
 
+def _listed(group: dict) -> dict:
+    """A group whose `params`, which may be one tensor or a generator, are a list."""
+    members = group["params"]
+    return {**group, "params": [members] if isinstance(members, Tensor) else list(members)}
+
+
 def rate_tables(batch: list[tuple[Tensor, dict]], *names: str) -> tuple[list[int], list[Tensor]]:
     """For each parameter the number of leading dimensions that rates vary over, and for each name one
     float64 table with an entry for each slice of each parameter."""
@@ -142,9 +156,10 @@ def rate_tables(batch: list[tuple[Tensor, dict]], *names: str) -> tuple[list[int
         entries = []
         for (param, group), dims in zip(batch, leading, strict=True):
             rate, shape = group[name] * group[f"{name}_scale"], param.shape[:dims]
-            if not isinstance(rate, Tensor):
-                rate = torch.full((), rate, dtype=torch.float64)
-            rate = rate.to(param.device, torch.float64)
+            if isinstance(rate, Tensor):
+                rate = rate.to(param.device, torch.float64)
+            else:
+                rate = torch.full((), rate, dtype=torch.float64, device=param.device)
             rate = rate.reshape((*rate.shape, *[1] * (dims - rate.ndim)))
             entries.append(rate.expand(shape).reshape(-1))
         tables.append(torch.cat(entries))
@@ -156,6 +171,8 @@ def _rates(
 ) -> float | Tensor:
     """A number, or a float64 tensor of finite numbers >= 0."""
     if isinstance(value, Tensor) and value.ndim == 0 and keep_scalar_tensor:
+        if value.device.type == "cpu" and not value >= 0:
+            raise ValueError(f"{argument} must be finite and not negative, got {value!r}")
         return value
     try:
         tensor = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()

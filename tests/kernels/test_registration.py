@@ -46,6 +46,29 @@ def test_opcheck_residual_stack(backend, lead, depth, every):
         torch.library.opcheck(OPS.residual_stack_backward, backward)
 
 
+def test_opcheck_non_contiguous(backend):
+    x, h = (torch.randn(1, 8, 4).mT.requires_grad_() for _ in range(2))
+    torch.library.opcheck(OPS.scaled_residual, (x, h, 0.3, None, 1.0, 1.0, True, True))
+    for depth in (0, 3):
+        weight = torch.randn(1, depth, 8, 8).mT.requires_grad_()
+        arguments = (x, weight, 0.3, None, 1.0, 1.0, True, 0, True)
+        torch.library.opcheck(OPS.residual_stack, arguments)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_with_strided_tensors_autocast_and_changing_multipliers(compiler):
+    x, weight = torch.randn(8, 4).mT, torch.randn(3, 8, 8) / 3
+
+    def stack(x, weight, scale):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = kernels.residual_stack(x, weight, scale)
+        return kernels.scaled_residual(y, x, scale) * x
+
+    compiled = torch.compile(stack, fullgraph=True, backend=compiler)
+    for scale in (0.1, 0.2, 0.3):
+        torch.testing.assert_close(compiled(x, weight, scale), stack(x, weight, scale))
+
+
 def test_opcheck_half_precision():
     for dtype in (torch.bfloat16, torch.float16):
         for every in (0, 2):
@@ -67,6 +90,7 @@ def test_opcheck_optimizer_steps(backend):
 def test_fake_tensors_have_the_real_shapes():
     with FakeTensorMode():
         x, weight = torch.empty(2, 4, 10), torch.empty(2, 3, 10, 10, requires_grad=True)
+        assert kernels.scaled_residual(x, x, torch.empty(2)).shape == x.shape
         y = kernels.residual_stack(x, weight, 0.1)
         assert y.shape == x.shape
         y.sum().backward()

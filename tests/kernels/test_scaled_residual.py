@@ -48,6 +48,24 @@ def test_multiplier_for_each_member(backend):
     torch.testing.assert_close(kernels.scaled_residual(x, h, scale), expected)
 
 
+def test_multipliers_need_not_be_contiguous(backend):
+    x, h = torch.randn(4, 2, 8), torch.randn(4, 2, 8)
+    table = torch.arange(8, dtype=torch.float64)
+    for scale in (table[::2], table[3].expand(4)):
+        expected = plain_residual(x.double(), h.double(), scale[:, None, None]).float()
+        torch.testing.assert_close(kernels.scaled_residual(x, h, scale), expected)
+
+
+def test_long_rows_with_a_large_mean(backend):
+    h = torch.rand(1, 1_000_000) + 1000
+    y = kernels.scaled_residual(torch.zeros_like(h), h, 1.0, activation="identity")
+    plain = plain_residual(torch.zeros_like(h), h, 1.0, "identity")
+    truth = plain_residual(torch.zeros_like(h).double(), h.double(), 1.0, "identity")
+    # The mean itself, near 1000, is a float32.
+    allowed = 2 * (plain.double() - truth).abs().max() + 1000 * torch.finfo(torch.float32).eps
+    assert (y.double() - truth).abs().max() <= allowed
+
+
 def test_slope_at_zero_is_p(backend):
     x, h = torch.zeros(1, 4), torch.tensor([[0.0, -0.0, 1.0, -1.0]])
     options = {"activation": (2.0, 3.0), "mean_subtract": False}
@@ -80,6 +98,14 @@ def test_rounding_of_every_half_precision_value(backend, dtype):
         y = kernels.scaled_residual(zero, finite, scale, activation="identity", mean_subtract=False)
         expected = (finite.float() * torch.tensor(scale)).to(dtype)
         torch.testing.assert_close(y, expected, rtol=0, atol=0)
+        if dtype == torch.float16 and torch.set_flush_denormal(True):  # of floats, not of halves
+            try:
+                again = kernels.scaled_residual(
+                    zero, finite, scale, activation="identity", mean_subtract=False
+                )
+            finally:
+                torch.set_flush_denormal(False)
+            torch.testing.assert_close(again, expected, rtol=0, atol=0)
 
 
 def test_one_bit_per_element_is_saved(backend):

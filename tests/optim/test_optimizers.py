@@ -208,6 +208,8 @@ def test_bare_parameters_of_a_scaled_model_are_refused(name):
             make([{"params": list(twin.parameters())}], lr=0.1)
         with pytest.raises(ValueError, match="bare parameters"):
             make(twin.named_parameters(), lr=0.1)
+        with pytest.raises(ValueError, match="bare parameters"):
+            make([{"params": twin.named_parameters()}], lr=0.1)
     make(ResNet(4, 8, 3, 2, parametrization="standard").parameters(), lr=0.1)  # scales nothing
     make(ResNet(4, 128, 8, 2).parameters(), lr=0.1)  # the base shape
     make(torch.nn.Linear(2, 2).parameters(), lr=0.1)
@@ -221,8 +223,10 @@ def test_bare_parameters_of_a_scaled_model_are_refused(name):
         ({"lr": "fast"}, TypeError, "lr must be a number or a vector of numbers, got 'fast'"),
         ({"lr": torch.ones(3)}, ValueError, r"lr_scale .* \(3,\) does not fit .* \(2, 5\)"),
         ({"betas": (1.0, 0.9)}, ValueError, r"betas\[0\] must be at least 0 and below 1, got 1.0"),
-        ({"eps": -1.0}, ValueError, "eps must not be negative, got -1.0"),
-        ({"weight_decay": -1.0}, ValueError, "weight_decay must not be negative"),
+        ({"eps": -1.0}, ValueError, "eps must be finite and not negative, got -1.0"),
+        ({"weight_decay": -1.0}, ValueError, "weight_decay must be finite and not negative"),
+        ({"lr": torch.tensor(-0.1)}, ValueError, "lr must be finite and not negative"),
+        ({"weight_decay": [0.1, 0.2]}, TypeError, "weight_decay must be a number"),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, words):
@@ -249,6 +253,48 @@ def test_a_group_that_is_refused_is_not_added():
     assert len(optimizer.param_groups) == 1
 
 
+def test_a_groups_generator_of_parameters_is_used_up_once():
+    linear = torch.nn.Linear(2, 2)
+    optimizer = depthnet.optim.AdamW([{"params": linear.parameters()}], lr=0.1)
+    assert len(optimizer.param_groups[0]["params"]) == 2
+
+
+@pytest.mark.parametrize("option", ["maximize", "amsgrad", "differentiable"])
+def test_options_that_we_lack_are_refused_in_groups(option):
+    group = {"params": [torch.zeros(2, requires_grad=True)], option: True}
+    with pytest.raises(ValueError, match=f"{option}=True is not supported"):
+        depthnet.optim.SGD([group])
+
+
+def test_steps_are_seen_by_autograd(backend):
+    weight = torch.randn(3, 3, requires_grad=True)
+    optimizer = depthnet.optim.AdamW([weight], lr=0.1)
+    y = (weight * weight).sum()
+    weight.grad = torch.ones(3, 3)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_the_default_dtype_and_device_do_not_matter():
+    weight = torch.ones(2, requires_grad=True)
+    weight.grad = torch.ones(2)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        theirs, ours = (
+            make([weight], lr=0.1) for make in (torch.optim.AdamW, depthnet.optim.AdamW)
+        )
+        theirs.step()
+        ours.load_state_dict(theirs.state_dict())  # its step is a float64 tensor
+        ours.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert ours.state[weight]["step"].item() == 2
+    assert ours.state[weight]["exp_avg"].device.type == "cpu"
+
+
 def test_sparse_gradients_are_refused():
     embedding = torch.nn.Embedding(4, 3, sparse=True)
     optimizer = depthnet.optim.AdamW(embedding.parameters(), lr=0.1)
@@ -271,9 +317,7 @@ def test_parameters_without_gradients_stay_and_closures_are_called():
     assert first.tolist() == [0.5, 0.5, 0.5]
 
 
-def test_non_contiguous_parameters(backend):
-    if backend != "reference":
-        pytest.skip("the native steps take contiguous tensors; auto takes the reference")
+def test_non_contiguous_parameters():
     weight = torch.randn(5, 4).mT.requires_grad_()
     twin = weight.detach().contiguous().requires_grad_()
     for param in (weight, twin):
@@ -356,6 +400,23 @@ def test_torch_options_that_we_lack_are_refused_whole():
     with pytest.raises(ValueError, match="amsgrad=True is not supported"):
         ours.load_state_dict(theirs.state_dict())
     assert ours.param_groups[0]["lr"] == 0.5
+
+
+def test_a_checkpoint_of_another_population_is_refused_whole():
+    def adam(members):
+        return depthnet.optim.AdamW([torch.zeros(members, requires_grad=True)], lr=[0.1] * members)
+
+    ours = adam(2)
+    with pytest.raises((ValueError, RuntimeError), match="fit"):
+        ours.load_state_dict(adam(3).state_dict())
+    assert ours.param_groups[0]["lr_scale"].tolist() == [0.1, 0.1]
+
+
+def test_what_schedulers_keep_is_scaled_for_torch_too():
+    optimizer = depthnet.optim.AdamW([{"params": [torch.zeros(2)], "lr_scale": 0.5}], lr=0.1)
+    lr_scheduler.StepLR(optimizer, 1)
+    (group,) = optimizer.torch_state_dict()["param_groups"]
+    assert (group["lr"], group["initial_lr"]) == (0.05, 0.05)
 
 
 def test_vectors_do_not_fit_torchs_groups():
@@ -503,5 +564,7 @@ def test_bad_arguments_of_the_step_operators():
         kernels.adamw_step_(p, p, p, p, step, **{**rates, "lr": torch.ones(3)}, leading=[1])
     with pytest.raises(ValueError, match=r"leading\[0\] must be 0 to 2"):
         kernels.sgd_step_(p, p, lr=0.1, leading=[3])
-    with pytest.raises(ValueError, match="steps must have 1 tensors"):
+    with pytest.raises(TypeError, match=r"params\[0\] must be one of float32"):
+        kernels.sgd_step_([torch.zeros(2, dtype=torch.int32)], [torch.zeros(2)], lr=0.1)
+    with pytest.raises(ValueError, match="steps must be 1 tensors of one element"):
         kernels.adamw_step_(p, p, p, p, [], **rates)
