@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -21,6 +22,12 @@ def check_float_tensor(name: str, tensor: object) -> None:
     if tensor.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{name} must be one of {names}, got {tensor.dtype}")
+
+
+def check_no_tangent(name: str, tensor: Tensor) -> None:
+    """The operators have no forward-mode derivative; torch.library would take it for zero."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented")
 
 
 def check_same(name: str, tensor: Tensor, other: str, like: Tensor, dtype: bool = True) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from depthnet.kernels.activations import slopes
 from depthnet.kernels.checks import (
     check_float_tensor,
+    check_no_tangent,
     check_same,
     multiplier,
     needs_grad,
@@ -102,6 +103,8 @@ def scaled_residual(
     p, q = slopes(activation)
     check_float_tensor("x", x)
     check_float_tensor("h", h)
+    check_no_tangent("x", x)
+    check_no_tangent("h", h)
     if autocast_enabled(x):
         h = h.to(x.dtype)
     if x.ndim == 0 or h.shape != x.shape:

@@ -11,6 +11,7 @@ from depthnet._checks import integer
 from depthnet.kernels.activations import slopes
 from depthnet.kernels.checks import (
     check_float_tensor,
+    check_no_tangent,
     check_same,
     multiplier,
     needs_grad,
@@ -160,6 +161,8 @@ def residual_stack(
     p, q = slopes(activation)
     check_float_tensor("x", x)
     check_float_tensor("weight", weight)
+    check_no_tangent("x", x)
+    check_no_tangent("weight", weight)
     if autocast_enabled(x) and x.dtype != torch.float64:
         x, weight = x.float(), weight.to(torch.get_autocast_dtype(x.device.type))
     if weight.ndim < 3 or weight.shape[-1] != weight.shape[-2]:

@@ -173,6 +173,14 @@ def test_no_second_derivative(backend):
         gradient.sum().backward()
 
 
+def test_no_forward_mode_derivative():
+    x, h = torch.randn(2, 6), torch.randn(2, 6)
+    with pytest.raises(
+        NotImplementedError, match="h: forward-mode derivatives are not implemented"
+    ):
+        torch.func.jvp(lambda h: kernels.scaled_residual(x, h, 0.3), (h,), (h,))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
