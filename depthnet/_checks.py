@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
+import numbers
 from collections.abc import Iterable
 
 
@@ -24,6 +26,13 @@ def integer(argument: str, value: object, minimum: int) -> int:
     if value.__index__() < minimum:
         raise ValueError(f"{argument} must be at least {minimum}, got {value}")
     return value.__index__()
+
+
+def number(argument: str, value: object) -> float:
+    """Return `value` as a float if it is a finite real number, else raise a ValueError."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{argument} must be a finite number, got {value!r}")
+    return float(value)
 
 
 def optional_import(module: str, extra: str, purpose: str):

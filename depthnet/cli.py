@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -14,14 +16,20 @@ from pathlib import Path
 from depthnet._checks import optional_import
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit status.  Bad arguments print one line and exit with 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="replace"
+            )  # a terminal without Greek letters shows question marks
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+    except (*EXPECTED, ArithmeticError, MemoryError) as error:
         if os.environ.get("DEPTHNET_DEBUG"):
             raise
         print(f"depthnet {options.verb}: {error}", file=sys.stderr)
@@ -41,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     transfer.set_defaults(run=run_transfer)
+    # argparse takes -0.5,1.5 and -1e1 for options, unless they look like negative numbers to it.
+    transfer._negative_number_matcher = re.compile(r"-[\d.][\d.,eE+-]*$")
     # The defaults themselves are those of sweep.TransferSettings.
     add = transfer.add_argument
     add("--data", default="text", metavar="NAME",
@@ -49,11 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--width", type=int, default=64)
     add("--depths", type=int, nargs="+", default=[8, 16, 32, 64, 128], metavar="L")
     add("--base-depth", type=int, metavar="L",
-        help="the depth at which learning rates are tuned (default: the least)")  # fmt: skip
+        help="the depth at which learning rates are tuned; None is the least")  # fmt: skip
     add("--parametrizations", nargs="+", metavar="NAME",
         default=["depth_mup", "half_zero", "ode", "standard"],
         help="presets, or exponents as ALPHA,GAMMA")  # fmt: skip
-    add("--activation", default="abs")
+    add("--activation", default="abs", help="identity, relu, abs or leaky_relu")
     add("--log2-lr", type=float, nargs=2, default=[-13.0, -4.0], metavar=("LOW", "HIGH"))
     add("--per-octave", type=int, default=1, metavar="N", help="learning rates per factor of 2")
     add("--seeds", type=int, default=2, metavar="N")
@@ -84,6 +94,7 @@ def _console():
 def run_transfer(options: argparse.Namespace) -> int:
     console = _console()
     progress_module = optional_import("rich.progress", "cli", "the progress bar")
+    text = optional_import("rich.text", "cli", "the command line")
     optional_import("matplotlib", "plot", "the picture of a study")
     from depthnet.data import load
     from depthnet.report import transfer as report
@@ -101,6 +112,7 @@ def run_transfer(options: argparse.Namespace) -> int:
     console.print(
         f"{len(all_jobs)} populations of {len(all_jobs[0].seed)} networks on {_describe(data.source)}",
         highlight=False,
+        markup=False,
     )
     columns = (
         progress_module.TextColumn("{task.description}"),
@@ -130,13 +142,14 @@ def run_transfer(options: argparse.Namespace) -> int:
     console.print(report.table(summary))
     for name, record in summary["parametrizations"].items():
         last = list(record["slices"].values())[-1]
-        console.print(f"[bold]{name}[/bold] {last['verdict']}.", highlight=False)
+        console.print(text.Text.assemble((name, "bold"), f" {last['verdict']}."))
     split = ", ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items())
     console.print(
         f"Training took {sum(summary['seconds'].values()):.0f} s ({split}); this call, "
         f"{time.monotonic() - started:.0f} s. Wrote results.csv, summary.json, transfer.png in "
         f"{options.out}.",
         highlight=False,
+        markup=False,
     )
     return 0
 

@@ -42,6 +42,11 @@ def use_backend(name: str):
         _choice = previous
 
 
+def choice() -> str:
+    """The backend that operators run on now: a name, or `auto`."""
+    return _choice
+
+
 class BackendStatus(NamedTuple):
     """One backend: whether it can run on this machine, why not, and what it is made of."""
 

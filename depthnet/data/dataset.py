@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,10 @@ class Arrays:
             torch.from_numpy(np.asarray(a).astype(np.int64).reshape(-1)) for a in (y, y_test)
         )
         out_features = int(torch.cat([y, y_test]).max()) + 1
+        digest = hashlib.sha256()
+        for tensor in (x, y, x_test, y_test):
+            digest.update(tensor.numpy().tobytes())
+        source = {**source, "sha256": digest.hexdigest()}
         return cls(x, y, x_test, y_test, out_features, source)
 
     @property

@@ -7,6 +7,8 @@ import hashlib
 import pickle
 import platform
 import sysconfig
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -163,23 +165,30 @@ def npz(path: Path) -> Arrays:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"data: {path} is not a readable .npz file of arrays ({error})") from error
     missing = {"x", "y"} - set(arrays)
     if missing:
         raise ValueError(f"data: {path} lacks the array {' and '.join(sorted(missing))}")
-    x, y = arrays["x"], arrays["y"]
+    x, y = np.atleast_1d(arrays["x"]), np.atleast_1d(arrays["y"])
     x_test, y_test = arrays.get("x_test", x[:0]), arrays.get("y_test", y[:0])
     for a, b, names in ((x, y, "x and y"), (x_test, y_test, "x_test and y_test")):
-        if len(a) != len(b) or b.ndim != 1 or not np.issubdtype(b.dtype, np.integer):
+        fits = a.ndim >= 2 and a.shape[1:] == x.shape[1:] and a.dtype.kind in "buif"
+        if not fits or b.ndim != 1 or len(a) != len(b) or b.dtype.kind not in "iu":
             raise ValueError(
-                f"data: {names} in {path} should be N inputs and N integer labels, got {a.shape} and "
-                f"{b.shape} {b.dtype}"
+                f"data: {names} in {path} should be N real inputs and N integer labels, got "
+                f"{a.shape} {a.dtype} and {b.shape} {b.dtype}"
             )
-    if len(x) == 0 or min([*y, *y_test]) < 0 or not np.isfinite(x).all():
+    with np.errstate(over="ignore"):
+        finite = all(np.isfinite(a.astype(np.float32)).all() for a in (x, x_test))
+    labels = np.concatenate([y, y_test])
+    if not finite or x.size == 0 or labels.min() < 0 or not len(np.unique(labels)) >= 2:
         raise ValueError(
-            f"data: {path} should hold finite x and labels from 0, at least one of each"
+            f"data: {path} should hold inputs that are finite in float32, and labels from 0, of two "
+            "classes at least"
         )
+    if labels.max() >= 65_536:
+        raise ValueError(f"data: {path} has the label {labels.max()}; 65535 is the greatest")
     return Arrays.standardised(x, y, x_test, y_test, {"name": path.name, "rows": len(x)})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -141,8 +140,6 @@ class ResNet(nn.Module):
         integer("width", width, 1)
         integer("depth", depth, 0)
         integer("out_features", out_features, 1)
-        integer("base_width", base_width, 1)
-        integer("base_depth", base_depth, 1)
         if (
             active_features is not None
             and integer("active_features", active_features, 1) > in_features
@@ -150,9 +147,6 @@ class ResNet(nn.Module):
             raise ValueError(
                 f"active_features must be at most in_features, {in_features}, got {active_features}"
             )
-        for argument, value in (("block_multiplier", block_multiplier), ("output_std", output_std)):
-            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
-                raise ValueError(f"{argument} must be a finite number, got {value!r}")
         self.in_features, self.out_features = in_features, out_features
         self.active_features = active_features
         self.parametrization = Parametrization.of(parametrization)
@@ -203,7 +197,8 @@ class ResNet(nn.Module):
         return self.output(self.blocks(x))
 
     def param_groups(self, optimizer: str) -> list[dict]:
-        """The groups `input`, `hidden` and `output` with their lr_scale, eps_scale, weight_decay_scale.
+        """The groups `input`, `hidden` and `output` with their lr_scale, eps_scale, weight_decay_scale,
+        and the rule that these follow.
 
         Args:
             optimizer: `adamw` (decoupled weight decay), `adam` (coupled) or `sgd`.
@@ -213,6 +208,7 @@ class ResNet(nn.Module):
             {
                 "name": role,
                 "params": [layer.weight],
+                "rule": optimizer,
                 "lr_scale": self.rules[role].lr_scale(optimizer),
                 "eps_scale": self.rules[role].eps_scale(),
                 "weight_decay_scale": self.rules[role].weight_decay_scale(optimizer),
@@ -221,6 +217,8 @@ class ResNet(nn.Module):
         ]
 
     def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         lead = () if self.population is None else (self.population,)
         features = self.active_features or self.in_features
         shapes = {(*lead, "B", features), ("B", features)}

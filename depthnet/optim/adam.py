@@ -39,6 +39,8 @@ class Adam(ScaledOptimizer):
         *,
         decoupled_weight_decay: bool = False,
     ):
+        if len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {betas}")
         for index, beta in enumerate(betas):
             if not 0 <= beta < 1:
                 raise ValueError(f"betas[{index}] must be at least 0 and below 1, got {beta}")

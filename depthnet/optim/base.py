@@ -38,6 +38,12 @@ class ScaledOptimizer(torch.optim.Optimizer):
                     bare += group["params"]
             bare = [item[1] if isinstance(item, tuple) else item for item in bare]  # (name, tensor)
             check_unscaled(bare, self.rule, name)
+            for group in params:
+                if isinstance(group, dict) and group.get("rule", self.rule) != self.rule:
+                    raise ValueError(
+                        f"params: the group {group.get('name')!r} follows the rule {group['rule']!r}; "
+                        f"{name} needs model.param_groups({self.rule!r})"
+                    )
         super().__init__(params, {**defaults, **dict.fromkeys(SCALES, 1.0)})
 
     def add_param_group(self, param_group: dict) -> None:

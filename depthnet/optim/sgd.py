@@ -40,7 +40,7 @@ class SGD(ScaledOptimizer):
         *,
         decoupled_weight_decay: bool = False,
     ):
-        if momentum < 0:
+        if not momentum >= 0:
             raise ValueError(f"momentum must not be negative, got {momentum}")
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("nesterov needs a positive momentum and no dampening")

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import math
+import statistics
+from pathlib import Path
 
 from depthnet._checks import optional_import
 from depthnet.sweep import analysis
@@ -62,15 +64,15 @@ def table(summary: dict):
         box=rich_box.SIMPLE_HEAD,
         padding=(0, 1),
     )
-    columns.add_column("depth", no_wrap=True)
+    columns.add_column("depth", overflow="fold")
     for heading in (*parts, "loss", "regret"):
         columns.add_column(heading, justify="right", no_wrap=True)
     for name, record in parametrizations.items():
-        columns.add_row(f"[bold]{name} ({record['alpha']:g}, {record['gamma']:g})[/bold]")
+        columns.add_row(f"[bold]{name}\n({record['alpha']:g}, {record['gamma']:g})[/bold]")
         for depth in record["slices"][parts[-1]]["depths"]:
             cells = [record["slices"][part]["depths"][depth] for part in parts]
             last = cells[-1]
-            losses = [f"{last['best_loss']:.3f}", f"{last['regret']:.3f}"]
+            losses = [f"{last['best_loss']:.4g}", f"{last['regret']:.2g}"]
             columns.add_row(depth, *map(_optimum_text, cells), *losses)
     return columns
 
@@ -108,11 +110,13 @@ def picture(results: list[JobResult], settings: TransferSettings):
     ]
     low, high = (min(finite), max(finite)) if finite else (1.0, 1.0)
     # Diverging runs pass through any loss; what lies above this line is drawn on it, as a cross.
-    ceiling = min(high, low * 1.35) * 1.01
+    ceiling = min(high, max(1.35 * low, 1.2 * statistics.median(finite or [1.0]))) * 1.01
     columns = 1 if len(panels) == 1 else 2
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(2.0 + 3.6 * columns, 1.2 + 2.9 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    figure = Figure(
+        figsize=(max(2.0 + 3.6 * columns, 7.0), 1.4 + 2.9 * lines), layout="constrained"
+    )
+    axes = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     depths = sorted(settings.depths)
     colours = matplotlib.colormaps["viridis"].resampled(max(len(depths), 2))
     for axis, (name, found) in zip(axes, panels.items(), strict=False):
@@ -144,8 +148,9 @@ def picture(results: list[JobResult], settings: TransferSettings):
         axis.yaxis.minorticks_off()
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
+        axis.set_xlim(settings.grid[0] - 0.5, settings.grid[-1] + 0.5)
         axis.set_ylim(low / 1.01, ceiling)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
     swept = "blocks" if settings.sweep == "hidden" else "all layers"
     figure.supxlabel(
@@ -155,8 +160,11 @@ def picture(results: list[JobResult], settings: TransferSettings):
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, title="depth", loc="outside right center", frameon=False)
     figure.suptitle(
-        f"Does the best learning rate transfer across depth?  {settings.data}, width {settings.width}, "
-        f"φ = {settings.activation}\n★ optimum of the curve   × diverged, or above the scale",
+        "Does the best learning rate transfer across depth?\n"
+        f"{Path(settings.data).name}, width {settings.width}, φ = {settings.activation}, "
+        f"{settings.seeds} seed{'s' if settings.seeds > 1 else ''}\n"
+        "★ optimum of the curve   × diverged, or above the scale",
         fontsize=11,
+        parse_math=False,
     )
     return figure

@@ -7,8 +7,9 @@ relative to gradients of size 1 (which is Adam's learning rate).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from depthnet._checks import number
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,7 @@ def classify(alpha: float, gamma: float) -> Classification:
         ValueError: an exponent is not a finite number.
     """
     for argument, value in (("alpha", alpha), ("gamma", gamma)):
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{argument} must be a finite number, got {value!r}")
+        number(argument, value)
     tolerance = 1e-9  # exponents such as 0.7 + 0.3 are meant to lie on the line
     total = alpha + gamma
     stable_start = alpha >= 0.5 - tolerance

@@ -44,7 +44,8 @@ def param_groups(module, optimizer: str) -> list[dict]:
                 groups.append({**group, "params": params, "name": full_name})
     rest = [param for param in module.parameters() if id(param) not in seen]
     if rest:
-        groups.append({"params": rest, "name": "other", **dict.fromkeys(SCALES, 1.0)})
+        scales = dict.fromkeys(SCALES, 1.0)
+        groups.append({"params": rest, "name": "other", "rule": optimizer, **scales})
     return groups
 
 

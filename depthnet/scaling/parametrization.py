@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from depthnet._checks import one_of
+from depthnet._checks import integer, number, one_of
 from depthnet.scaling.classification import Classification, classify
 
 ROLES = ("input", "hidden", "output", "bias", "norm")
@@ -63,9 +62,7 @@ class Parametrization:
 
     def __post_init__(self) -> None:
         for argument in ("alpha", "gamma"):
-            value = getattr(self, argument)
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{argument} must be a finite number, got {value!r}")
+            number(argument, getattr(self, argument))
         one_of("width_rule", self.width_rule, WIDTH_RULES)
 
     def __str__(self) -> str:
@@ -91,7 +88,7 @@ class Parametrization:
                 f"parametrization must be a preset's name, a pair (alpha, gamma) or a "
                 f"Parametrization, got {value!r}"
             ) from None
-        return cls(alpha, gamma, name=f"{alpha:g},{gamma:g}")
+        return cls(alpha, gamma, name=",".join(repr(x).removesuffix(".0") for x in (alpha, gamma)))
 
     def rule(
         self,
@@ -107,13 +104,13 @@ class Parametrization:
     ) -> Rule:
         """The rule for a tensor of a network of the given width n and depth L.
 
-        With r_n = n / base_width (1 without a width rule) and r_L = L / base_depth:
+        With r_n = n / base_width (in rates and eps 1 without a width rule) and r_L = L / base_depth:
 
         | role | multiplier | init std | Adam lr | SGD lr | Adam eps |
         |---|---|---|---|---|---|
         | input | 1 | fan_in^-1/2 | 1 | r_n | 1/r_n |
         | hidden | a r_L^-alpha | fan_in^-1/2 | 1/(r_n r_L^gamma) | r_L^(alpha-gamma) | 1/(r_n r_L^alpha) |
-        | output | 1 | output_std/r_n | 1/r_n | 1/r_n | 1 |
+        | output | 1 | output_std/r_n, or /r_n^1/2 without a width rule | 1/r_n | 1/r_n | 1 |
         | bias, norm (of a block) | 1 | 0 | r_L^-gamma | r_n r_L^(alpha-gamma) | 1/(r_n r_L^alpha) |
 
         Weight decay times learning rate stays fixed; biases and norms do not decay.
@@ -126,6 +123,15 @@ class Parametrization:
             output_std: standard deviation of output weights at the base width.
         """
         one_of("role", role, ROLES)
+        integer("width", width, 1)
+        integer("fan_in", fan_in, 1)
+        integer("depth", depth, 0)
+        integer("base_width", base_width, 1)
+        integer("base_depth", base_depth, 1)
+        if block_multiplier is not None:
+            number("block_multiplier", block_multiplier)
+        if number("output_std", output_std) < 0:
+            raise ValueError(f"output_std must not be negative, got {output_std}")
         r_n = width / base_width if self.width_rule == "mup" else 1.0
         r_L = depth / base_depth if depth else 1.0
         block_grad = r_L**-self.alpha / r_n

@@ -134,8 +134,9 @@ def curves(results: list[JobResult], settings: TransferSettings, part: Slice) ->
 class Verdict:
     """Whether a parametrization's learning rate transfers, over one slice of training.
 
-    transfers: None if the drift is within one standard error of the limit.
-    shift: octaves between the optima of the base depth and of the greatest depth.
+    transfers: None where that is not known: the drift is within one standard error of the limit, or an
+    optimum is at the edge of the grid, and nothing speaks against it.
+    shift: octaves from the optimum of the base depth to that of the depth farthest from it.
     drift: octaves per doubling of depth: the slope of a least-squares line through all optima; its
     error is the standard error over seeds (NaN for one seed).
     worst_regret: the greatest regret over the depths, as a part of the best loss there.
@@ -157,47 +158,61 @@ def _slope(depths: list[int], optima: list[float]) -> float:
 
 
 def verdict(found: list[Curve], settings: TransferSettings) -> Verdict:
-    depths = [curve.depth for curve in found]
-    deepest = max(depths)
+    depths, base = [curve.depth for curve in found], settings.base_depth
+    farthest = max(depths, key=lambda depth: abs(math.log(depth / base)))
     at = {curve.depth: curve.optimum.log2_lr for curve in found}
-    shift, drift = at[deepest] - at[settings.base_depth], _slope(depths, list(at.values()))
+    shift, drift = at[farthest] - at[base], _slope(depths, list(at.values()))
     by_seed = [
         _slope(depths, [optimum(settings.grid, curve.losses[seed]).log2_lr for curve in found])
         for seed in range(settings.seeds)
     ]
     error = float(np.std(by_seed, ddof=1)) / len(by_seed) ** 0.5 if len(by_seed) > 1 else math.nan
-    relative = {curve.depth: curve.regret / curve.best if curve.regret else 0.0 for curve in found}
+    relative = {curve.depth: _relative(curve.regret, curve.best) for curve in found}
     worst = max(relative, key=relative.get)
     lost = [curve.depth for curve in found if not math.isfinite(curve.best)]
-    if len(found) == 1:
-        return Verdict(
-            None, shift, drift, error, 0.0, "undecided: one depth says nothing of transfer"
-        )
+    at_edge = [curve.depth for curve in found if curve.optimum.at_edge]
 
     near = abs(abs(drift) - DRIFT_LIMIT) <= (0.0 if math.isnan(error) else error)
+    transfers: bool | None
     if lost or relative[worst] > REGRET_LIMIT or (abs(drift) > DRIFT_LIMIT and not near):
         transfers, answer = False, "does not transfer"
-    elif near:
+    elif near or at_edge or len(found) == 1:
         transfers, answer = None, "undecided"
     else:
         transfers, answer = True, "transfers"
 
-    plus_minus = "" if math.isnan(error) else f" ± {error:.2f}"
-    words = (
-        f"{answer}: the optimum moves by {shift:+.2f} octaves from depth {settings.base_depth} to "
-        f"{deepest} ({drift:+.2f}{plus_minus} per doubling of depth), and the learning rate tuned at "
-        f"depth {settings.base_depth} "
-    )
-    if math.isinf(relative[worst]):
-        words += f"diverges at depth {worst}"
-    else:
-        words += f"costs at most {100 * relative[worst]:.1f} % of the loss (at depth {worst})"
+    words = []
+    if len(found) == 1:
+        words.append("one depth says nothing of transfer")
+    elif math.isfinite(shift):
+        plus_minus = "" if math.isnan(error) else f" ± {error:.2f}"
+        words.append(
+            f"the optimum moves by {shift:+.2f} octaves from depth {base} to {farthest} "
+            f"({drift:+.2f}{plus_minus} per doubling of depth)"
+        )
     if lost:
-        words += f"; every learning rate diverges at depth {', '.join(map(str, lost))}"
-    edges = [str(curve.depth) for curve in found if curve.optimum.at_edge]
-    if edges:
-        words += f"; at depth {', '.join(edges)} the optimum may lie beyond the edge of the grid"
-    return Verdict(transfers, shift, drift, error, relative[worst], words)
+        words.append(f"every learning rate diverges at depth {', '.join(map(str, lost))}")
+    elif math.isinf(relative[worst]):
+        words.append(f"the learning rate tuned at depth {base} diverges at depth {worst}")
+    elif len(found) > 1:
+        words.append(
+            f"the learning rate tuned at depth {base} costs at most {100 * relative[worst]:.1f} % of "
+            f"the loss (at depth {worst})"
+        )
+    if at_edge:
+        words.append(
+            f"at depth {', '.join(map(str, at_edge))} the lowest point is at the edge of the grid and "
+            "the optimum may lie beyond"
+        )
+    text = f"{answer}: {'; '.join(words)}"
+    return Verdict(transfers, shift, drift, error, relative[worst], text)
+
+
+def _relative(regret: float, best: float) -> float:
+    """Regret as a part of the best loss: infinite where everything diverged, 0 of nothing is 0."""
+    if not math.isfinite(best):
+        return math.inf
+    return regret / best if regret else 0.0
 
 
 def summarise(results: list[JobResult], settings: TransferSettings) -> dict:

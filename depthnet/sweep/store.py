@@ -30,8 +30,21 @@ def replacing(path: Path):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
+        raise ValueError(f"out: {path} cannot be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def reading(path: Path):
+    """Say which file it is that cannot be read, and what to do."""
+    try:
+        yield
+    except Exception as error:  # what a parser makes of a broken file can be anything
+        raise ValueError(
+            f"out: {path} is broken ({error}); remove it to train that again"
+        ) from error
 
 
 class Store:
@@ -58,16 +71,21 @@ class Store:
                 ) from None
         settings = json.loads(json.dumps(settings))
         path = self.out / "settings.json"
-        if path.exists():
+        # A start that failed before its first checkpoint holds nothing that other settings could spoil.
+        if any((self.out / "jobs").glob("*.npz")) or (self.out / "checkpoint.pt").exists():
             self._refuse_others(path, settings)
-        else:
-            self.write_text("settings.json", json.dumps(settings, indent=2) + "\n")
+        self.write_text("settings.json", json.dumps(settings, indent=2) + "\n")
 
     def _refuse_others(self, path: Path, settings: dict) -> None:
         try:
             there = json.loads(path.read_text())
-        except ValueError:
-            raise ValueError(f"out: {path} is not the settings of a study") from None
+        except (OSError, ValueError):
+            there = None
+        if not isinstance(there, dict):
+            raise ValueError(
+                f"out: {self.out} holds jobs of a study, but {path} is not its settings; name another "
+                "folder"
+            )
         keys = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
         if keys:
             differences = "".join(
@@ -80,7 +98,7 @@ class Store:
 
     def write_text(self, name: str, text: str) -> Path:
         with replacing(self.out / name) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
         return self.out / name
 
     def finished(self, job: str) -> dict[str, np.ndarray] | None:
@@ -88,7 +106,7 @@ class Store:
         path = self.out / "jobs" / f"{job}.npz"
         if not path.exists():
             return None
-        with np.load(path) as file:
+        with reading(path), np.load(path) as file:
             return dict(file)
 
     def finish(self, job: str, **arrays: np.ndarray) -> None:
@@ -107,6 +125,7 @@ class Store:
         """Call `load` with the state that `job` was last saved in, if there is one."""
         path = self.out / "checkpoint.pt"
         if path.exists():
-            checkpoint = torch.load(path, weights_only=True)
-            if checkpoint["job"] == job:
-                load(checkpoint["state"])
+            with reading(path):
+                checkpoint = torch.load(path, weights_only=True)
+                if checkpoint["job"] == job:
+                    load(checkpoint["state"])

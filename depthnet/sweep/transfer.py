@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,12 @@ import torch
 
 from depthnet._checks import integer
 from depthnet.data import Dataset
-from depthnet.kernels import slopes
+from depthnet.kernels import dispatch, slopes
 from depthnet.nn import ResNet
 from depthnet.optim import AdamW
 from depthnet.scaling import Parametrization
 from depthnet.sweep.store import Store
-from depthnet.training import PopulationTrainer
+from depthnet.training.population import SECTIONS, PopulationTrainer
 
 FIXED_LOG2_LR = -7.0  # of input and output layers where only the hidden learning rate is swept
 BETAS = (0.9, 0.99)
@@ -66,6 +67,9 @@ class TransferSettings:
         for argument, minimum in (("width", 1), ("seeds", 1), ("batch", 1), ("per_octave", 1)):
             integer(argument, getattr(self, argument), minimum)
         integer("steps", self.steps, 5)  # the last fifth of the steps must hold one
+        for name in self.parametrizations:
+            if not isinstance(name, str):
+                raise TypeError(f"parametrizations must be names or 'ALPHA,GAMMA', got {name!r}")
         names = tuple(Parametrization.of(name).name for name in self.parametrizations)
         object.__setattr__(self, "parametrizations", names)
         for argument in ("depths", "parametrizations"):
@@ -86,11 +90,15 @@ class TransferSettings:
         low, high = self.log2_lr
         if not -60 <= low < high <= 60:
             raise ValueError(f"log2_lr must be two numbers, the lower first, got {self.log2_lr}")
+        if abs((high - low) * self.per_octave % 1) > 1e-9:
+            raise ValueError(
+                f"log2_lr must be whole steps of 1/{self.per_octave} apart, got {self.log2_lr}"
+            )
         if self.sweep not in ("hidden", "all"):
             raise ValueError(f"sweep must be hidden or all, got {self.sweep!r}")
         try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
+            torch.empty(0, device=self.device).tolist()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device: {self.device!r} cannot be used ({reason})") from None
 
@@ -166,7 +174,13 @@ def trainer(settings: TransferSettings, job: Job, data: Dataset) -> PopulationTr
 
 def record(settings: TransferSettings, data: Dataset) -> dict[str, Any]:
     """What must be equal for a study to go on: the settings, the data and the software."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "depthnet": version("depthnet"),
+        "backend": dispatch.choice(),
+    }
     return {**asdict(settings), "source": data.source, "versions": versions}
 
 
@@ -212,5 +226,7 @@ def run(
             store.finish(job.name, **saved)
         else:
             progress(job, settings.steps)
-        losses = saved.pop("losses")
+        losses = saved.pop("losses", np.empty(0))
+        if losses.shape != (settings.steps, len(job.seed)) or set(saved) != set(SECTIONS):
+            raise ValueError(f"out: the file of job {job.name} is not of this study; remove it")
         yield JobResult(job, losses, {section: float(value) for section, value in saved.items()})

@@ -62,16 +62,37 @@ def test_npz(tmp_path):
     assert (arrays.in_features, arrays.out_features, len(arrays.x_test)) == (6, 4, 0)
     for broken, words in (
         ({"x": np.ones((3, 2))}, "lacks the array y"),
-        ({"x": np.ones((3, 2)), "y": np.arange(2)}, "N inputs and N integer labels"),
-        ({"x": np.ones((3, 2)), "y": np.ones(3)}, "N inputs and N integer labels"),
-        ({"x": np.full((3, 2), np.nan), "y": np.arange(3)}, "finite x and labels from 0"),
-        ({"x": np.ones((3, 2)), "y": np.arange(3) - 1}, "finite x and labels from 0"),
-        ({"x": np.ones((0, 2)), "y": np.arange(0)}, "finite x and labels from 0"),
+        ({"x": np.ones((3, 2)), "y": np.arange(2)}, "N real inputs and N integer labels"),
+        ({"x": np.ones((3, 2)), "y": np.ones(3)}, "N real inputs and N integer labels"),
+        (
+            {"x": np.full((3, 2), np.nan), "y": np.arange(3)},
+            "inputs that are finite in float32, and labels from 0",
+        ),
+        (
+            {"x": np.ones((3, 2)), "y": np.arange(3) - 1},
+            "inputs that are finite in float32, and labels from 0",
+        ),
+        ({"x": np.ones((3, 0)), "y": np.arange(3)}, "inputs that are finite in float32"),
+        ({"x": np.full((3, 2), 1e300), "y": np.arange(3)}, "inputs that are finite in float32"),
+        ({"x": np.ones((3, 2)), "y": np.zeros(3, int)}, "two classes at least"),
+        ({"x": np.ones((3, 2)), "y": np.arange(3) * 10**7}, "has the label 20000000"),
+        ({"x": np.ones((3, 2)) * 1j, "y": np.arange(3)}, "N real inputs"),
+        ({"x": np.array(["a", "b"]), "y": np.arange(2)}, "N real inputs"),
+        ({"x": np.array(1.0), "y": np.array(1)}, "N real inputs"),
+        (
+            {"x": np.ones((3, 2)), "y": np.arange(3), "x_test": np.ones((1, 5)), "y_test": [1]},
+            "x_test",
+        ),
     ):
         np.savez(path, **broken)
         with pytest.raises(ValueError, match=words):
             data.load(str(path))
-    path.write_text("no archive")
+    np.savez(path, x=np.ones((3, 2)), y=np.arange(3))
+    whole = path.read_bytes()
+    for content in (b"no archive", b"", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"is not a readable \.npz file"):
+            data.load(str(path))
     with pytest.raises(ValueError, match=r"is not a readable \.npz file"):
         data.load(str(path))
 

@@ -47,11 +47,11 @@ def test_unknown_backends_are_refused_and_the_choice_is_restored():
         kernels.use_backend("referense").__enter__()
     with pytest.raises(KeyError), kernels.use_backend("reference"):
         raise KeyError
-    assert kernels.dispatch._choice == "auto"
+    assert kernels.dispatch.choice() == "auto"
 
 
 def test_the_environment_chooses():
-    code = "from depthnet.kernels import dispatch; print(dispatch._choice)"
+    code = "from depthnet.kernels import dispatch; print(dispatch.choice())"
     assert python(code, DEPTHNET_BACKEND="reference").stdout.strip() == "reference"
     failed = python(code, DEPTHNET_BACKEND="gpu")
     assert failed.returncode != 0

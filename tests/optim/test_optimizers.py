@@ -253,6 +253,11 @@ def test_a_group_that_is_refused_is_not_added():
     assert len(optimizer.param_groups) == 1
 
 
+def test_groups_of_another_rule_are_refused():
+    with pytest.raises(ValueError, match="the group 'input' follows the rule 'sgd'"):
+        depthnet.optim.AdamW(small_model().param_groups("sgd"))
+
+
 def test_a_groups_generator_of_parameters_is_used_up_once():
     linear = torch.nn.Linear(2, 2)
     optimizer = depthnet.optim.AdamW([{"params": linear.parameters()}], lr=0.1)

@@ -153,6 +153,17 @@ def test_bad_parametrizations(value, error, words):
         Parametrization.of(value)
 
 
+def test_bad_shapes_and_multipliers():
+    for change, words in (
+        ({"width": 0}, "width must be at least 1"),
+        ({"depth": -2}, "depth must be at least 0"),
+        ({"output_std": -1.0}, "output_std must not be negative"),
+        ({"block_multiplier": math.inf}, "block_multiplier must be a finite number"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            rule("ode", "output", **{"width": 8, "depth": 8, **change})
+
+
 def test_bad_roles_and_optimizers():
     with pytest.raises(ValueError, match=r"role='hiden'.*did you mean 'hidden'"):
         rule("ode", "hiden", 8, 8)

@@ -90,6 +90,35 @@ def test_verdicts():
     assert judged({8: -8.0}).transfers is None
 
 
+def test_an_optimum_at_the_edge_of_the_grid_decides_nothing():
+    at_edge = judged({8: -20.0, 16: -20.0})
+    assert at_edge.transfers is None
+    assert "at depth 8, 16 the lowest point is at the edge of the grid" in at_edge.words
+
+
+def test_lost_depths_give_no_numbers():
+    for lost_depth in (8, 16):
+        results, settings = study({8: -8.0, 16: -8.0})
+        for result in results:
+            if result.job.depth == lost_depth:
+                result.losses[:] = np.nan
+        found = analysis.curves(results, settings, analysis.slices(10)[-1])
+        verdict = analysis.verdict(found, settings)
+        assert verdict.transfers is False
+        assert verdict.worst_regret == math.inf
+        assert "nan" not in verdict.words
+        assert f"every learning rate diverges at depth {lost_depth}" in verdict.words
+
+
+def test_the_shift_is_to_the_depth_farthest_from_the_base():
+    results, settings = study({8: -8.0, 16: -8.0, 32: -9.0})
+    settings = TransferSettings(
+        depths=(8, 16, 32), base_depth=32, parametrizations=("ode",), seeds=2, steps=10
+    )
+    found = analysis.curves(results, settings, analysis.slices(10)[-1])
+    assert analysis.verdict(found, settings).shift == pytest.approx(1.0, abs=1e-3)
+
+
 def test_regret_of_a_diverging_learning_rate_is_infinite():
     results, settings = study({8: -5.0, 16: -8.0})
     deep = results[1]

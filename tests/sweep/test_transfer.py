@@ -172,7 +172,8 @@ def test_the_files_of_a_study(tmp_path, capsys):
     assert summary["settings"]["source"]["python"]
     assert (out / "transfer.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     printed = capsys.readouterr().out
-    assert "depth_mup (0.5, 0.5)" in printed
+    assert "depth_mup" in printed
+    assert "(0.5, 0.5)" in printed
     assert "Wrote results.csv, summary.json, transfer.png" in printed
 
 
@@ -204,6 +205,87 @@ def test_another_study_in_the_same_folder_is_refused(tmp_path, capsys):
     assert "steps: 10 there, 20 now" in error
 
 
+def test_jobs_without_their_settings_are_refused(tmp_path, capsys):
+    chosen = [
+        "transfer",
+        *SMALL,
+        "--depths",
+        "4",
+        "--parametrizations",
+        "ode",
+        "--out",
+        str(tmp_path),
+    ]
+    assert cli.main(chosen) == 0
+    settings_file = tmp_path / "settings.json"
+    for content in (None, "[1]", "{"):
+        settings_file.unlink() if content is None else settings_file.write_text(content)
+        assert cli.main(chosen) == 2
+        assert "settings.json is not its settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["empty", "truncated", "garbage", "other"])
+def test_broken_files_are_named(tmp_path, capsys, content):
+    chosen = [
+        "transfer",
+        *SMALL,
+        "--depths",
+        "4",
+        "--parametrizations",
+        "ode",
+        "--out",
+        str(tmp_path),
+    ]
+    assert cli.main(chosen) == 0
+    path = tmp_path / "jobs" / "ode-L4.npz"
+    whole = path.read_bytes()
+    path.write_bytes(
+        {"empty": b"", "truncated": whole[:200], "garbage": b"x" * 500}.get(content, b"")
+    )
+    if content == "other":
+        np.savez(path, losses=np.zeros((3, 3)))
+    assert cli.main(chosen) == 2
+    error = capsys.readouterr().err
+    assert "ode-L4" in error
+    assert "remove it" in error
+    path.unlink()
+    (tmp_path / "checkpoint.pt").write_bytes(b"broken")
+    assert cli.main(chosen) == 2
+    assert "checkpoint.pt is broken" in capsys.readouterr().err
+    (tmp_path / "checkpoint.pt").unlink()
+    assert cli.main(chosen) == 0
+
+
+def test_a_start_that_trained_nothing_does_not_block_the_folder(tmp_path):
+    source = data.load("text")
+    Store(tmp_path, transfer.record(settings(width=8), source))
+    assert len(run(tmp_path, settings(parametrizations=("ode",), depths=(4,)))) == 1
+
+
+def test_changed_data_are_noticed(tmp_path, capsys):
+    path = tmp_path / "d.npz"
+    chosen = ["transfer", *SMALL, "--depths", "4", "--parametrizations", "ode"]
+    chosen += ["--data", str(path), "--out", str(tmp_path / "out")]
+    rng = np.random.default_rng(0)
+    np.savez(path, x=rng.normal(size=(20, 3)), y=np.arange(20) % 2)
+    assert cli.main(chosen) == 0
+    np.savez(path, x=rng.normal(size=(20, 3)), y=np.arange(20) % 2)
+    assert cli.main(chosen) == 2
+    assert "source:" in capsys.readouterr().err
+
+
+def test_odd_names_and_negative_exponents(tmp_path, capsys):
+    text = tmp_path / "a[bold]$x^y^z$.txt"
+    text.write_text("to be or not to be " * 100)
+    out = tmp_path / "o[/b]"
+    chosen = ["transfer", *SMALL, "--depths", "4", "--parametrizations", "-0.5,1.5", "0.5,0.5"]
+    assert cli.main([*chosen, "--data", str(text), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "-0.5,1.5" in printed
+    assert "a[bold]" in printed
+    assert (out / "transfer.png").exists()
+
+
 def test_two_runs_at_once_are_refused(tmp_path):
     chosen = settings()
     source = data.load("text")
@@ -225,6 +307,9 @@ def test_two_runs_at_once_are_refused(tmp_path):
         (["--log2-lr", "-4", "-13"], "log2_lr must be two numbers, the lower first"),
         (["--data", "cifar10"], "data_dir: cifar10 is read from a folder"),
         (["--data", "mnist", "--data-dir", "/nowhere"], "data_dir: there is no folder /nowhere"),
+        (["--log2-lr", "-9", "-8.5"], "log2_lr must be whole steps of 1/1 apart"),
+        (["--device", "meta"], "device: 'meta' cannot be used"),
+        (["--parametrizations", "2000,0", "--width", "8"], "depthnet transfer:"),
         (["--device", "quantum"], "device: 'quantum' cannot be used"),
     ],
 )
