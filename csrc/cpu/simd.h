@@ -125,17 +125,37 @@ template <class C> static inline void store(C* to, Vec<C> v) { std::memcpy(to, &
 typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
 
-static inline Vec<float> load(const bfloat16* from) {
+// 16-bit lanes to and from 32-bit ones, of which the upper halves are zero.
+static inline Word widen(const uint16_t* from) {
+#if defined(DEPTHNET_ISA_AVX512)
+  return Word(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)));
+#elif defined(DEPTHNET_ISA_AVX2)
+  return Word(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)));
+#else
   Half half;
   std::memcpy(&half, from, sizeof half);
-  return (Vec<float>)(__builtin_convertvector(half, Word) << 16);
+  return __builtin_convertvector(half, Word);
+#endif
 }
+static inline void narrow(uint16_t* to, Word word) {
+#if defined(DEPTHNET_ISA_AVX512)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(__m512i(word)));
+#elif defined(DEPTHNET_ISA_AVX2)
+  __m256i packed = _mm256_packus_epi32(__m256i(word), __m256i(word));
+  packed = _mm256_permute4x64_epi64(packed, 0x08);
+  _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(packed));
+#else
+  Half half = __builtin_convertvector(word, Half);
+  std::memcpy(to, &half, sizeof half);
+#endif
+}
+
+static inline Vec<float> load(const bfloat16* from) { return (Vec<float>)(widen(&from->bits) << 16); }
 static inline void store(bfloat16* to, Vec<float> v) {
   Word bits = (Word)v;
   Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   Word quiet_nan = (bits >> 16) | 0x40;
-  Half half = __builtin_convertvector(v == v ? rounded : quiet_nan, Half);
-  std::memcpy(to, &half, sizeof half);
+  narrow(&to->bits, v == v ? rounded : quiet_nan);
 }
 
 #if defined(DEPTHNET_ISA_AVX512)
@@ -154,9 +174,7 @@ static inline void store(float16* to, Vec<float> v) {
 }
 #else
 static inline Vec<float> load(const float16* from) {
-  Half half;
-  std::memcpy(&half, from, sizeof half);
-  Word bits = __builtin_convertvector(half, Word);
+  Word bits = widen(&from->bits);
   Word sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff, shifted = magnitude << 13;
   // No subnormal float occurs on the way: they may be flushed to zero.
   Word least = Word{} + (113u << 23);  // 2^-14, the least normal half
@@ -181,8 +199,7 @@ static inline void store(float16* to, Vec<float> v) {
   Word half = rounded < 0x1p-14f ? subnormal : normal;
   half = absolute >= 65520.f ? Word{} + 0x7c00 : half;
   half = v == v ? half : ((magnitude >> 13) & 0x3ff) | 0x7e00;
-  Half packed = __builtin_convertvector(half | (sign >> 16), Half);
-  std::memcpy(to, &packed, sizeof packed);
+  narrow(&to->bits, half | (sign >> 16));
 }
 #endif
 
