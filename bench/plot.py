@@ -25,6 +25,7 @@ def residual() -> None:
             axis.bar(places, rates, 0.2, color=colour, label=provider)
         axis.set_xticks(range(len(shapes)), [f"{r} x {n}" for r, n in shapes], rotation=20)
         axis.set_title(f"{mode}, {dtype}")
+        axis.set_xlabel("rows x n")
         axis.set_ylabel("GB/s of the bytes that must move")
         axis.grid(axis="y", alpha=0.3)
     figure.axes[0].legend()
