@@ -47,6 +47,8 @@ class BuildNative(build_ext):
         target = ROOT / "depthnet" if self.editable_mode else Path(self.build_lib) / "depthnet"
         if not self.dry_run:
             target.mkdir(parents=True, exist_ok=True)
+            for stale in target.glob("_C.*"):  # of an earlier build in the same folder
+                stale.unlink()
             (target / "_C_left_out.txt").write_text(message + "\n")
 
     def build_extension(self, ext):
