@@ -79,8 +79,8 @@ class BuildNative(build_ext):
             objects += compile_all(PER_ISA, name, flags, isa)
         output = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(objects, output, libraries=["dl"], target_lang="c++")
-        stale = Path(output).with_name("_C_left_out.txt")
-        stale.unlink(missing_ok=True)
+        for folder in (Path(output).parent, ROOT / "depthnet"):
+            (folder / "_C_left_out.txt").unlink(missing_ok=True)
 
 
 native = Extension(
@@ -100,7 +100,7 @@ setup(
     ],
     package_dir={"depthnet": "depthnet", "depthnet.kernels": "kernels", "depthnet.csrc": "csrc"},
     package_data={
-        "depthnet": ["_C_left_out.txt", "py.typed"],
+        "depthnet": ["py.typed"],
         "depthnet.csrc": ["*.cpp", "*/*.cpp", "*/*.h"],
     },
     ext_modules=[native],
