@@ -45,11 +45,10 @@ class BuildNative(build_ext):
         print(message, file=sys.stderr)
         # `depthnet doctor` repeats this line: pip hides what a build prints.
         target = ROOT / "depthnet" if self.editable_mode else Path(self.build_lib) / "depthnet"
-        if not self.dry_run:
-            target.mkdir(parents=True, exist_ok=True)
-            for stale in target.glob("_C.*"):  # of an earlier build in the same folder
-                stale.unlink()
-            (target / "_C_left_out.txt").write_text(message + "\n")
+        target.mkdir(parents=True, exist_ok=True)
+        for stale in target.glob("_C.*"):  # of an earlier build in the same folder
+            stale.unlink()
+        (target / "_C_left_out.txt").write_text(message + "\n")
 
     def build_extension(self, ext):
         # pybind11 is a build requirement only: imported where it is needed.
