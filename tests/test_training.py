@@ -15,11 +15,13 @@ def test_digits_reach_95_percent_in_300_steps(depth):
     digits = data.load("digits")
     model = depthnet.ResNet(64, 64, depth, 10, generator=torch.Generator().manual_seed(0))
     optimizer = depthnet.optim.AdamW(model, lr=2**-8)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for step in range(STEPS):
         x, y = digits.batch(seed=0, step=step, size=64)
         optimizer.zero_grad()
         cross_entropy(model(x), y).backward()
         optimizer.step()
+        scheduler.step()
     with torch.no_grad():
         accuracy = (model(digits.x_test).argmax(1) == digits.y_test).float().mean().item()
     assert accuracy >= 0.95
