@@ -10,6 +10,7 @@ from torch import Tensor
 
 import depthnet
 from depthnet._checks import one_of
+from depthnet.kernels.reference import sign_bytes
 
 try:
     from depthnet import _C
@@ -76,7 +77,7 @@ def scaled_residual(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     x, h, y = x.contiguous(), h.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-    signs = torch.empty((*x.shape[:2], -(-x.shape[2] // 8)) if save else 0, dtype=torch.uint8)
+    signs = torch.empty((*x.shape[:2], sign_bytes(x.shape[2])) if save else 0, dtype=torch.uint8)
     address = _block(signs) if save else (0, 0)
     constants, _alive = _constants(scale, scales, p, q, mean_subtract)
     _C.residual_forward(
@@ -117,7 +118,7 @@ def residual_stack(
     x = x.contiguous()
     y, h = torch.empty_like(x), torch.empty_like(x)
     inputs = torch.empty((members, depth, rows, n) if save else 0, dtype=x.dtype)
-    signs = torch.empty((members, depth, rows, (n + 7) // 8) if save else 0, dtype=torch.uint8)
+    signs = torch.empty((members, depth, rows, sign_bytes(n)) if save else 0, dtype=torch.uint8)
     constants, _alive = _constants(scale, scales, p, q, mean_subtract)
     stream, address = x, (0, 0)
     if save:

@@ -43,6 +43,11 @@ def subtract_mean(z: Tensor, mean_subtract: bool) -> Tensor:
     return z - z.mean(-1, keepdim=True) if mean_subtract else z
 
 
+def sign_bytes(n: int) -> int:
+    """Bytes that hold the signs of a row of n elements."""
+    return (n + 7) // 8
+
+
 def pack_signs(h: Tensor) -> Tensor:
     """Bits of h >= 0, eight to a byte, lowest first: (..., n) -> uint8 (..., ceil(n/8))."""
     bits = torch.nn.functional.pad((h >= 0).to(torch.uint8), (0, -h.shape[-1] % 8))

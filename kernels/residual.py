@@ -17,10 +17,7 @@ from depthnet.kernels.checks import (
     shape_text,
 )
 from depthnet.kernels.dispatch import autocast_enabled, register, register_autograd, select
-
-
-def sign_bytes(n):
-    return (n + 7) // 8
+from depthnet.kernels.reference import sign_bytes
 
 
 def _scaled_residual(x, h, *args):

@@ -18,8 +18,7 @@ from depthnet.kernels.checks import (
     shape_text,
 )
 from depthnet.kernels.dispatch import autocast_enabled, register, register_autograd, select
-from depthnet.kernels.reference import stream_dtype
-from depthnet.kernels.residual import sign_bytes
+from depthnet.kernels.reference import sign_bytes, stream_dtype
 
 
 def _segments(depth: int, every: int) -> list[tuple[int, int]]:

@@ -16,6 +16,26 @@ double total(const Vec<C>* partial) {
   return double(sum<C>((partial[0] + partial[1]) + (partial[2] + partial[3])));
 }
 
+// Calls step(values, offset, valid, partial) for each step of a row, the last one padded with zeros, and
+// returns the sum of what the calls add to their partial sums.
+template <class T, class C = Compute<T>, class Step>
+double row_sum(const T* row, int64_t n, const Step& step) {
+  const int64_t whole = n - n % kStep;
+  double result = 0;
+  for (int64_t block = 0; block < whole; block += kSumBlock) {
+    Vec<C> partial[4]{};
+    const int64_t block_end = block + kSumBlock < whole ? block + kSumBlock : whole;
+    for (int64_t i = block; i < block_end; i += kStep) step(row + i, i, kStep, partial);
+    result += total<C>(partial);
+  }
+  if (const int64_t rest = n - whole) {
+    Vec<C> partial[4]{};
+    step(Padded<T>(row + whole, rest).values, whole, rest, partial);
+    result += total<C>(partial);
+  }
+  return result;
+}
+
 // Bits of h >= 0 for one step, and phi(h) added to the partial sums.
 template <class T, class C = Compute<T>>
 uint32_t sign_step(const T* h, Vec<C> p, Vec<C> minus_q, Vec<C>* partial) {
@@ -51,24 +71,12 @@ void forward(const Residual& r, int64_t begin, int64_t end) {
     Vec<C> mean{};
     if (r.signs || r.mean_subtract) {
       uint8_t* signs = r.signs ? r.signs + member * r.signs_stride + row * sign_bytes : nullptr;
-      double row_sum = 0;
-      for (int64_t block = 0; block < whole; block += kSumBlock) {
-        Vec<C> partial[4]{};
-        const int64_t block_end = block + kSumBlock < whole ? block + kSumBlock : whole;
-        for (int64_t i = block; i < block_end; i += kStep) {
-          uint32_t bits = sign_step(h + i, p, minus_q, partial);
-          if (signs) std::memcpy(signs + i / 8, &bits, 4);
-        }
-        row_sum += total<C>(partial);
-      }
-      if (rest) {
-        Vec<C> partial[4]{};
-        uint32_t bits = sign_step(Padded<T>(h + whole, rest).values, p, minus_q, partial);
-        bits &= (uint32_t(1) << rest) - 1;
-        if (signs) std::memcpy(signs + whole / 8, &bits, size_t(sign_bytes - whole / 8));
-        row_sum += total<C>(partial);
-      }
-      if (r.mean_subtract) mean = broadcast(C(row_sum / double(n)));
+      const double z_sum = row_sum(h, n, [&](const T* values, int64_t i, int64_t valid, Vec<C>* partial) {
+        uint32_t bits = sign_step(values, p, minus_q, partial);
+        if (valid < kStep) bits &= (uint32_t(1) << valid) - 1;
+        if (signs) std::memcpy(signs + i / 8, &bits, size_t(valid + 7) / 8);
+      });
+      if (r.mean_subtract) mean = broadcast(C(z_sum / double(n)));
     }
 
     const Vec<C> scale = broadcast(C(r.scales ? r.scale * r.scales[member] : r.scale));
@@ -108,19 +116,10 @@ void backward(const Residual& r, int64_t begin, int64_t end) {
 
     Vec<C> mean{};
     if (r.mean_subtract) {
-      double row_sum = 0;
-      for (int64_t block = 0; block < whole; block += kSumBlock) {
-        Vec<C> partial[4]{};
-        const int64_t block_end = block + kSumBlock < whole ? block + kSumBlock : whole;
-        for (int64_t i = block; i < block_end; i += kStep) sum_step(g + i, partial);
-        row_sum += total<C>(partial);
-      }
-      if (rest) {
-        Vec<C> partial[4]{};
-        sum_step(Padded<T>(g + whole, rest).values, partial);
-        row_sum += total<C>(partial);
-      }
-      mean = broadcast(C(row_sum / double(n)));
+      const double g_sum = row_sum(g, n, [](const T* values, int64_t, int64_t, Vec<C>* partial) {
+        sum_step(values, partial);
+      });
+      mean = broadcast(C(g_sum / double(n)));
     }
 
     const Vec<C> scale = broadcast(C(r.scales ? r.scale * r.scales[member] : r.scale));

@@ -29,11 +29,12 @@ def normal_(weight: Tensor, std: float, population: int | None, generator: Gener
 class _Layer(nn.Module):
     """One weight of shape (*P, rows, columns), drawn from N(0, std^2)."""
 
-    def __init__(self, rows, columns, std, population, device, dtype):
+    def __init__(self, rows, columns, std, population, generator, device, dtype):
         super().__init__()
         self.std, self.population = std, population
         lead = () if population is None else (population,)
         self.weight = nn.Parameter(torch.empty(*lead, rows, columns, device=device, dtype=dtype))
+        self.reset_parameters(generator)
 
     def reset_parameters(self, generator: Generators = None) -> None:
         normal_(self.weight, self.std, self.population, generator)
@@ -49,8 +50,8 @@ class Linear(_Layer):
     in_features); output (*P, B, out_features).
     """
 
-    def __init__(self, in_features, out_features, std, *, population=None, device=None, dtype=None):
-        super().__init__(out_features, in_features, std, population, device, dtype)
+    def __init__(self, in_features, out_features, std, **options):
+        super().__init__(out_features, in_features, std, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.mT
@@ -63,8 +64,8 @@ class EmbeddingSum(_Layer):
     out_features), a row for each feature; output (*P, B, out_features), the sum of the named rows.
     """
 
-    def __init__(self, in_features, out_features, std, *, population=None, device=None, dtype=None):
-        super().__init__(in_features, out_features, std, population, device, dtype)
+    def __init__(self, in_features, out_features, std, **options):
+        super().__init__(in_features, out_features, std, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.population is not None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from depthnet._checks import integer
 from depthnet.kernels import residual_stack, slopes
+from depthnet.kernels.dispatch import autocast_enabled
 from depthnet.nn.layers import EmbeddingSum, Generators, Linear, normal_
 from depthnet.scaling import Parametrization
 from depthnet.scaling.groups import track
@@ -137,8 +138,6 @@ class ResNet(nn.Module):
     ):
         super().__init__()
         integer("in_features", in_features, 1)
-        integer("width", width, 1)
-        integer("depth", depth, 0)
         integer("out_features", out_features, 1)
         if (
             active_features is not None
@@ -165,7 +164,12 @@ class ResNet(nn.Module):
             )
             for role in ("input", "hidden", "output")
         }
-        shared = {"population": population, "device": device, "dtype": dtype}
+        shared = {
+            "population": population,
+            "generator": generator,
+            "device": device,
+            "dtype": dtype,
+        }
         input_layer = Linear if active_features is None else EmbeddingSum
         self.input = input_layer(in_features, width, self.rules["input"].init_std, **shared)
         self.blocks = ResidualStack(
@@ -178,7 +182,6 @@ class ResNet(nn.Module):
             **shared,
         )
         self.output = Linear(width, out_features, self.rules["output"].init_std, **shared)
-        self.reset_parameters(generator)
         track(self)
 
     def __setstate__(self, state):  # of copies and unpickled models
@@ -234,12 +237,9 @@ class ResNet(nn.Module):
             raise ValueError(f"x must have the shape {wanted}, got {tuple(x.shape)}")
         if self.active_features is not None and x.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"x must hold the int64 indices of the active features, got {x.dtype}")
-        if self.active_features is None and x.dtype != self.input.weight.dtype:
-            device = x.device.type
-            if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-                raise TypeError(
-                    f"x must have the dtype of the model, {self.input.weight.dtype}, got {x.dtype}"
-                )
+        own = self.input.weight.dtype
+        if self.active_features is None and x.dtype != own and not autocast_enabled(x):
+            raise TypeError(f"x must have the dtype of the model, {own}, got {x.dtype}")
 
     def extra_repr(self) -> str:
         return f"parametrization={self.parametrization}"

@@ -93,14 +93,9 @@ def picture(results: list[JobResult], settings: TransferSettings):
 
     part = analysis.slices(settings.steps)[-1]
     panels = {
-        name: analysis.curves(
-            [result for result in results if result.job.parametrization.name == name],
-            settings,
-            part,
-        )
-        for name in settings.parametrizations
+        parametrization: analysis.curves(own, settings, part)
+        for parametrization, own in analysis.by_parametrization(results).items()
     }
-    exponents = {result.job.parametrization.name: result.job.parametrization for result in results}
     finite = [
         value
         for found in panels.values()
@@ -119,7 +114,7 @@ def picture(results: list[JobResult], settings: TransferSettings):
     axes = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     depths = sorted(settings.depths)
     colours = matplotlib.colormaps["viridis"].resampled(max(len(depths), 2))
-    for axis, (name, found) in zip(axes, panels.items(), strict=False):
+    for axis, (parametrization, found) in zip(axes, panels.items(), strict=False):
         for curve in found:
             colour = colours(depths.index(curve.depth) / max(len(depths) - 1, 1) * 0.9)
             shown = curve.mean.clip(max=ceiling)
@@ -140,8 +135,8 @@ def picture(results: list[JobResult], settings: TransferSettings):
                     markeredgewidth=0.7,
                     zorder=4,
                 )
-        alpha, gamma = exponents[name].alpha, exponents[name].gamma
-        axis.set_title(f"{name} (α = {alpha:g}, γ = {gamma:g})", fontsize=11)
+        alpha, gamma = parametrization.alpha, parametrization.gamma
+        axis.set_title(f"{parametrization.name} (α = {alpha:g}, γ = {gamma:g})", fontsize=11)
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
         axis.yaxis.set_major_formatter(ScalarFormatter())

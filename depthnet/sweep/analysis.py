@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from depthnet.scaling import Parametrization
 from depthnet.sweep.transfer import JobResult, TransferSettings
 
 # A parametrization transfers if its optimum moves by at most a quarter octave per doubling of depth (half
@@ -91,6 +92,14 @@ def rows(results: list[JobResult], settings: TransferSettings) -> list[dict]:
         for part in slices(settings.steps)
         for member, loss in enumerate(slice_losses(result.losses, part))
     ]
+
+
+def by_parametrization(results: list[JobResult]) -> dict[Parametrization, list[JobResult]]:
+    """The results of each parametrization, in order."""
+    groups: dict[Parametrization, list[JobResult]] = {}
+    for result in results:
+        groups.setdefault(result.job.parametrization, []).append(result)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -218,18 +227,13 @@ def _relative(regret: float, best: float) -> float:
 def summarise(results: list[JobResult], settings: TransferSettings) -> dict:
     """summary.json: for each parametrization and slice the verdict and a record for each depth."""
     summary = {}
-    for name in settings.parametrizations:
-        own = [result for result in results if result.job.parametrization.name == name]
-        parametrization = own[0].job.parametrization
-        summary[name] = {
-            "alpha": parametrization.alpha,
-            "gamma": parametrization.gamma,
-            "slices": {},
-        }
+    for parametrization, own in by_parametrization(results).items():
+        record = {"alpha": parametrization.alpha, "gamma": parametrization.gamma, "slices": {}}
+        summary[parametrization.name] = record
         for part in slices(settings.steps):
             found = curves(own, settings, part)
             judged = verdict(found, settings)
-            summary[name]["slices"][part.name] = {
+            record["slices"][part.name] = {
                 "steps": [part.start, part.end],
                 "transfers": judged.transfers,
                 "verdict": judged.words,

@@ -96,10 +96,9 @@ class Store:
                 f"it:{differences}"
             )
 
-    def write_text(self, name: str, text: str) -> Path:
+    def write_text(self, name: str, text: str) -> None:
         with replacing(self.out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-        return self.out / name
 
     def finished(self, job: str) -> dict[str, np.ndarray] | None:
         """The arrays of a finished job, or None."""

@@ -20,6 +20,8 @@ from depthnet.sweep.store import Store
 
 SMALL = ["--width", "16", "--steps", "10", "--batch", "8", "--log2-lr", "-9", "-6", "--seeds", "2"]
 
+ONE_JOB = ["transfer", *SMALL, "--depths", "4", "--parametrizations", "ode"]
+
 
 def settings(**changes):
     small = {"width": 16, "steps": 10, "batch": 8, "log2_lr": (-9.0, -6.0), "depths": (4, 16)}
@@ -188,16 +190,7 @@ def test_everything_diverging_is_drawn_and_told(tmp_path, capsys):
 
 
 def test_another_study_in_the_same_folder_is_refused(tmp_path, capsys):
-    chosen = [
-        "transfer",
-        *SMALL,
-        "--depths",
-        "4",
-        "--parametrizations",
-        "ode",
-        "--out",
-        str(tmp_path),
-    ]
+    chosen = [*ONE_JOB, "--out", str(tmp_path)]
     assert cli.main(chosen) == 0
     assert cli.main([*chosen, "--steps", "20"]) == 2
     error = capsys.readouterr().err
@@ -206,16 +199,7 @@ def test_another_study_in_the_same_folder_is_refused(tmp_path, capsys):
 
 
 def test_jobs_without_their_settings_are_refused(tmp_path, capsys):
-    chosen = [
-        "transfer",
-        *SMALL,
-        "--depths",
-        "4",
-        "--parametrizations",
-        "ode",
-        "--out",
-        str(tmp_path),
-    ]
+    chosen = [*ONE_JOB, "--out", str(tmp_path)]
     assert cli.main(chosen) == 0
     settings_file = tmp_path / "settings.json"
     for content in (None, "[1]", "{"):
@@ -226,16 +210,7 @@ def test_jobs_without_their_settings_are_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("content", ["empty", "truncated", "garbage", "other"])
 def test_broken_files_are_named(tmp_path, capsys, content):
-    chosen = [
-        "transfer",
-        *SMALL,
-        "--depths",
-        "4",
-        "--parametrizations",
-        "ode",
-        "--out",
-        str(tmp_path),
-    ]
+    chosen = [*ONE_JOB, "--out", str(tmp_path)]
     assert cli.main(chosen) == 0
     path = tmp_path / "jobs" / "ode-L4.npz"
     whole = path.read_bytes()
@@ -264,8 +239,7 @@ def test_a_start_that_trained_nothing_does_not_block_the_folder(tmp_path):
 
 def test_changed_data_are_noticed(tmp_path, capsys):
     path = tmp_path / "d.npz"
-    chosen = ["transfer", *SMALL, "--depths", "4", "--parametrizations", "ode"]
-    chosen += ["--data", str(path), "--out", str(tmp_path / "out")]
+    chosen = [*ONE_JOB, "--data", str(path), "--out", str(tmp_path / "out")]
     rng = np.random.default_rng(0)
     np.savez(path, x=rng.normal(size=(20, 3)), y=np.arange(20) % 2)
     assert cli.main(chosen) == 0
