@@ -18,12 +18,13 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-PER_ISA = ["csrc/cpu/residual.cpp", "csrc/cpu/optimizer.cpp"]
+PER_ISA = ["csrc/cpu/residual.cpp", "csrc/cpu/stack.cpp", "csrc/cpu/optimizer.cpp"]
 ISAS = {"baseline": []}
 if X86:
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
     ISAS["avx512"] += ["-mprefer-vector-width=512"]
+    ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16", "-DDEPTHNET_ISA_AVX512=1"]
 
 
 class BuildNative(build_ext):

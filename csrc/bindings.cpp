@@ -7,6 +7,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/stack_driver.h"
 
 namespace py = pybind11;
 
@@ -16,7 +17,7 @@ namespace {
 const Isa* selected = nullptr;
 
 py::list isas() {
-  const Isa* sets[3];
+  const Isa* sets[kMostIsas];
   const int count = available_isas(sets);
   py::list names;
   for (int i = 0; i < count; ++i) names.append(sets[i]->name);
@@ -24,7 +25,7 @@ py::list isas() {
 }
 
 void select_isa(const std::string& name) {
-  const Isa* sets[3];
+  const Isa* sets[kMostIsas];
   const int count = available_isas(sets);
   for (int i = 0; i < count; ++i)
     if (name == sets[i]->name) {
@@ -42,7 +43,7 @@ void run_residual(const ResidualKernel kernels[kDTypes], int dtype, const Residu
   const int64_t grain = 1 + kElementsPerThread / (r.n + 1);
   py::gil_scoped_release nogil;
   parallel_for(threads, r.members * r.rows, grain,
-               [&](int64_t begin, int64_t end) { kernel(r, begin, end); });
+               [&](int64_t begin, int64_t end, int) { kernel(r, begin, end); });
 }
 
 template <class T> T* address(uintptr_t value) { return reinterpret_cast<T*>(value); }
@@ -67,6 +68,40 @@ void residual_backward(int dtype, int64_t members, int64_t rows, int64_t n, uint
                 address<uint8_t>(signs), 0, grad_stride, out_stride, signs_stride, scale,
                 address<const double>(scales), p, q, mean_subtract},
                threads);
+}
+
+void residual_stack_forward(int dtype, int64_t members, int64_t depth, int64_t rows, int64_t n,
+                            uintptr_t weight, int64_t weight_member, int64_t weight_layer, uintptr_t x,
+                            uintptr_t y, uintptr_t inputs, uintptr_t signs, double scale,
+                            uintptr_t scales, double p, double q, bool mean_subtract, int threads) {
+  Stack s{};
+  s.members = members, s.rows = rows, s.n = n, s.layer_end = depth;
+  s.weight = address<void>(weight), s.weight_member = weight_member, s.weight_layer = weight_layer;
+  s.x = address<void>(x), s.y = address<void>(y);
+  s.inputs = address<void>(inputs), s.inputs_member = depth * rows * n;
+  s.signs = address<uint8_t>(signs), s.signs_member = depth * rows * ((n + 7) / 8);
+  s.scale = scale, s.scales = address<const double>(scales);
+  s.p = p, s.q = q, s.mean_subtract = mean_subtract;
+  py::gil_scoped_release nogil;
+  stack_forward(selected->residual_stack[dtype], s, threads);
+}
+
+void residual_stack_backward(int dtype, int64_t members, int64_t depth, int64_t rows, int64_t n,
+                             uintptr_t weight, int64_t weight_member, int64_t weight_layer, uintptr_t grad,
+                             uintptr_t grad_x, uintptr_t inputs, uintptr_t signs, uintptr_t weight_grad,
+                             double scale, uintptr_t scales, double p, double q, bool mean_subtract,
+                             int threads) {
+  Stack s{};
+  s.members = members, s.rows = rows, s.n = n, s.layer_end = depth;
+  s.weight = address<void>(weight), s.weight_member = weight_member, s.weight_layer = weight_layer;
+  s.x = address<void>(grad), s.y = address<void>(grad_x);
+  s.inputs = address<void>(inputs), s.inputs_member = depth * rows * n;
+  s.signs = address<uint8_t>(signs), s.signs_member = depth * rows * ((n + 7) / 8);
+  s.weight_grad = address<void>(weight_grad), s.weight_grad_member = depth * n * n;
+  s.scale = scale, s.scales = address<const double>(scales);
+  s.p = p, s.q = q, s.mean_subtract = mean_subtract;
+  py::gil_scoped_release nogil;
+  stack_backward(selected->residual_stack[dtype], s, threads);
 }
 
 // A row of the tables below: the tensors of one parameter and how it is cut into slices.
@@ -96,7 +131,7 @@ void run_step(StepKernel kernel, const Parameter* parameters, int64_t count, con
                           begin, std::min(begin + kChunk, end), lr[slice], eps ? eps[slice] : 0,
                           weight_decay[slice], steps ? steps[i] : 0});
   }
-  parallel_for(threads, int64_t(chunks.size()), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, int64_t(chunks.size()), 1, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) kernel(chunks[size_t(i)], options);
   });
 }
@@ -130,6 +165,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("have_threads", &have_threads);
   m.def("residual_forward", &residual_forward);
   m.def("residual_backward", &residual_backward);
+  m.def("residual_stack_forward", &residual_stack_forward);
+  m.def("residual_stack_backward", &residual_stack_backward);
   m.def("adamw_step", &adamw_step);
   m.def("sgd_step", &sgd_step);
 }

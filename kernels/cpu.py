@@ -10,7 +10,7 @@ from torch import Tensor
 
 import depthnet
 from depthnet._checks import one_of
-from depthnet.kernels.reference import sign_bytes
+from depthnet.kernels.reference import sign_bytes, stream_dtype
 
 try:
     from depthnet import _C
@@ -23,7 +23,6 @@ else:
 
 # The order of the kernel tables in csrc/cpu/kernels.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-STACK_DTYPES = (torch.float32, torch.float64)
 
 
 def unsupported(op: str, *tensors: Tensor) -> list[str]:
@@ -42,8 +41,6 @@ def unsupported(op: str, *tensors: Tensor) -> list[str]:
             reasons.append("the tensors differ in dtype")
         if not all(tensor.is_contiguous() for tensor in tensors):
             reasons.append("a tensor is not contiguous")
-    if op == "residual_stack" and any(tensor.dtype not in STACK_DTYPES for tensor in tensors):
-        reasons.append("residual_stack has native CPU kernels for float32 and float64 only")
     return reasons
 
 
@@ -112,35 +109,19 @@ def residual_stack(
     mean_subtract: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A vendor GEMM per layer; all that surrounds it in one native pass."""
     members, rows, n = x.shape
-    depth, dtype = weight.shape[1], DTYPES[x.dtype]
-    x = x.contiguous()
-    y, h = torch.empty_like(x), torch.empty_like(x)
-    inputs = torch.empty((members, depth, rows, n) if save else 0, dtype=x.dtype)
+    depth = weight.shape[1]
+    weight = _matrices(weight)
+    stream = x.to(stream_dtype(x.dtype)).contiguous()
+    y = torch.empty_like(stream)
+    inputs = torch.empty((members, depth, rows, n) if save else 0, dtype=weight.dtype)
     signs = torch.empty((members, depth, rows, sign_bytes(n)) if save else 0, dtype=torch.uint8)
+    saved = (inputs.data_ptr(), signs.data_ptr()) if save else (0, 0)
     constants, _alive = _constants(scale, scales, p, q, mean_subtract)
-    stream, address = x, (0, 0)
-    if save:
-        stream = inputs[:, 0].copy_(x)
-    for layer in range(depth):
-        torch.bmm(stream, weight[:, layer].mT, out=h)
-        into = inputs[:, layer + 1] if save and layer + 1 < depth else y
-        if save:
-            address = _block(signs[:, layer])
-        _C.residual_forward(
-            dtype,
-            members,
-            rows,
-            n,
-            *_block(stream),
-            *_block(h),
-            *_block(into),
-            *address,
-            *constants,
-        )
-        stream = into
-    return y, inputs, signs
+    sizes = DTYPES[weight.dtype], members, depth, rows, n
+    streams = stream.data_ptr(), y.data_ptr()
+    _C.residual_stack_forward(*sizes, *_layers(weight), *streams, *saved, *constants)
+    return y.to(x.dtype), inputs, signs
 
 
 def residual_stack_backward(
@@ -155,22 +136,27 @@ def residual_stack_backward(
     mean_subtract: bool,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Backward-data layer by layer, then all weight gradients as one batched GEMM."""
-    g = grad.clone(memory_format=torch.contiguous_format)
     members, depth, rows, n = inputs.shape
-    d = torch.empty(members, depth if weight_grad else 1, rows, n, dtype=grad.dtype)
+    weight = _matrices(weight)
+    g = grad.to(stream_dtype(grad.dtype)).contiguous()
+    grad_x = torch.empty_like(g)
+    dw = torch.empty((members, depth, n, n) if weight_grad else 0, dtype=weight.dtype)
     constants, _alive = _constants(scale, scales, p, q, mean_subtract)
-    dtype = DTYPES[grad.dtype]
-    for layer in reversed(range(depth)):
-        d_layer = d[:, layer if weight_grad else 0]
-        blocks = _block(g), _block(signs[:, layer]), _block(d_layer)
-        _C.residual_backward(dtype, members, rows, n, *sum(blocks, ()), *constants)
-        torch.baddbmm(g, d_layer, weight[:, layer], out=g)
-    if not weight_grad:
-        return g, weight.new_empty(0)
-    dw = torch.empty(members * depth, n, n, dtype=weight.dtype)
-    torch.bmm(d.flatten(0, 1).mT, inputs.flatten(0, 1), out=dw)
-    return g, dw.view(members, depth, n, n)
+    sizes = DTYPES[weight.dtype], members, depth, rows, n
+    streams = g.data_ptr(), grad_x.data_ptr()
+    saved = inputs.data_ptr(), signs.data_ptr(), dw.data_ptr() if weight_grad else 0
+    _C.residual_stack_backward(*sizes, *_layers(weight), *streams, *saved, *constants)
+    return grad_x.to(grad.dtype), dw
+
+
+def _matrices(weight: Tensor) -> Tensor:
+    """(P, L, n, n) of which each matrix is contiguous."""
+    n = weight.shape[-1]
+    return weight if weight.stride()[2:] == (n, 1) else weight.contiguous()
+
+
+def _layers(weight: Tensor) -> tuple[int, int, int]:
+    return weight.data_ptr(), weight.stride(0), weight.stride(1)
 
 
 def _parameters(

@@ -4,7 +4,8 @@ namespace depthnet {
 namespace {
 
 #define DEPTHNET_ISA_TABLE(isa) \
-  Isa{#isa, isa::residual_forward, isa::residual_backward, isa::adamw_step, isa::sgd_step}
+  Isa{#isa, isa::residual_forward, isa::residual_backward, isa::residual_stack, isa::adamw_step, \
+      isa::sgd_step}
 
 const Isa kIsas[] = {
     DEPTHNET_ISA_TABLE(baseline),
@@ -12,11 +13,14 @@ const Isa kIsas[] = {
     DEPTHNET_ISA_TABLE(avx2),
     DEPTHNET_ISA_TABLE(avx512),
 #endif
+#ifdef DEPTHNET_HAVE_AVX512_BF16
+    DEPTHNET_ISA_TABLE(avx512_bf16),
+#endif
 };
 
 }  // namespace
 
-int available_isas(const Isa* out[3]) {
+int available_isas(const Isa* out[kMostIsas]) {
   int count = 0;
   out[count++] = &kIsas[0];
 #ifdef DEPTHNET_HAVE_AVX512
@@ -26,6 +30,9 @@ int available_isas(const Isa* out[3]) {
   if (count == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     out[count++] = &kIsas[2];
+#endif
+#ifdef DEPTHNET_HAVE_AVX512_BF16
+  if (count == 3 && __builtin_cpu_supports("avx512bf16")) out[count++] = &kIsas[3];
 #endif
   return count;
 }

@@ -26,6 +26,46 @@ struct Residual {
 // Handles the rows begin .. end of members * rows.
 using ResidualKernel = void (*)(const Residual&, int64_t begin, int64_t end);
 
+// The layers layer_begin .. layer_end of  h = x W^T,  x <- x + scale * (phi(h) - mean(phi(h)))  in
+// `members` networks, and their backward pass.  Tensors are contiguous but for the strides that are given,
+// in elements.  The stream type is that which the storage type is computed in.
+struct Stack {
+  int64_t members, rows, n, layer_begin, layer_end;
+  const void* weight;  // storage type (members, layers, n, n)
+  int64_t weight_member, weight_layer;
+  const void* x;  // stream type (members, rows, n): x_0; backward: the gradient of x_L
+  void* y;        // stream type (members, rows, n): x_L; backward: the gradient of x_0, may be x
+  void* inputs;   // storage type (members, layers, rows, n): every layer's x; forward: may be null
+  uint8_t* signs;  // (members, layers, rows, ceil(n/8)), as Residual's; forward: null with inputs
+  int64_t inputs_member, signs_member;
+  void* weight_grad;  // storage type (members, layers, n, n); may be null
+  int64_t weight_grad_member;
+  double scale;
+  const double* scales;
+  double p, q;
+  bool mean_subtract;
+
+  // The driver's: how the work is cut, and the gradients of h between the two backward passes.
+  int64_t panel = 0;   // rows that a thread handles together
+  int64_t shares = 1;  // parts of a strip of the weight gradient
+  void* d = nullptr;   // (members, layers, panels, n, panel); null without weight_grad
+
+  int64_t panels() const { return (rows + panel - 1) / panel; }
+  int64_t kept_panels(int64_t member, int64_t layer) const {  // before those of this layer
+    return (member * (layer_end - layer_begin) + layer - layer_begin) * panels();
+  }
+};
+
+// Handles the panels (or strips of the weight gradient, or shares of them) begin .. end of all members.
+using StackPass = void (*)(const Stack&, int64_t begin, int64_t end, void* workspace);
+
+struct StackKernel {
+  int lanes, most_vectors;  // a panel is 1 .. most_vectors vectors of lanes wide, a strip is the widest
+  int storage_bytes, kept_bytes;  // an element of the storage type and of d
+  int64_t (*workspace)(const Stack&);  // bytes that a thread needs
+  StackPass forward, backward_data, backward_weight;
+};
+
 // A run of elements that share their rates, within one tensor.  Offsets are in elements.
 struct Chunk {
   void* param;
@@ -47,6 +87,7 @@ struct Isa {
   const char* name;
   const ResidualKernel* residual_forward;   // each an array over the dtypes
   const ResidualKernel* residual_backward;
+  const StackKernel* residual_stack;
   const StepKernel* adamw_step;
   const StepKernel* sgd_step;
 };
@@ -55,6 +96,7 @@ struct Isa {
   namespace isa {                                              \
   extern const ResidualKernel residual_forward[kDTypes];       \
   extern const ResidualKernel residual_backward[kDTypes];      \
+  extern const StackKernel residual_stack[kDTypes];            \
   extern const StepKernel adamw_step[kDTypes];                 \
   extern const StepKernel sgd_step[kDTypes];                   \
   }
@@ -63,8 +105,13 @@ DEPTHNET_DECLARE_ISA(baseline)
 DEPTHNET_DECLARE_ISA(avx2)
 DEPTHNET_DECLARE_ISA(avx512)
 #endif
+#ifdef DEPTHNET_HAVE_AVX512_BF16
+DEPTHNET_DECLARE_ISA(avx512_bf16)
+#endif
+
+constexpr int kMostIsas = 4;
 
 // The sets that this CPU can run, narrowest first; returns their number.
-int available_isas(const Isa* out[3]);
+int available_isas(const Isa* out[kMostIsas]);
 
 }  // namespace depthnet

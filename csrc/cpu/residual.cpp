@@ -54,7 +54,7 @@ void add_step(const T* x, const T* h, T* y, Vec<C> scale, Vec<C> mean, Vec<C> p,
   for (int i = 0; i < kStep / kLanes<C>; ++i) {
     Vec<C> v = load(h + i * kLanes<C>);
     Vec<C> z = v * slope(v >= Vec<C>{}, p, minus_q);
-    store(y + i * kLanes<C>, load(x + i * kLanes<C>) + scale * (z - mean));
+    store(y + i * kLanes<C>, residual_update(load(x + i * kLanes<C>), z, mean, scale));
   }
 }
 

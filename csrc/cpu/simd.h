@@ -151,12 +151,13 @@ static inline void narrow(uint16_t* to, Word word) {
 }
 
 static inline Vec<float> load(const bfloat16* from) { return (Vec<float>)(widen(&from->bits) << 16); }
-static inline void store(bfloat16* to, Vec<float> v) {
+static inline Word to_bfloat16(Vec<float> v) {
   Word bits = (Word)v;
   Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   Word quiet_nan = (bits >> 16) | 0x40;
-  narrow(&to->bits, v == v ? rounded : quiet_nan);
+  return v == v ? rounded : quiet_nan;
 }
+static inline void store(bfloat16* to, Vec<float> v) { narrow(&to->bits, to_bfloat16(v)); }
 
 #if defined(DEPTHNET_ISA_AVX512)
 static inline Vec<float> load(const float16* from) {
@@ -202,6 +203,69 @@ static inline void store(float16* to, Vec<float> v) {
   narrow(&to->bits, half | (sign >> 16));
 }
 #endif
+
+// The value that v has when it is stored as T.
+template <class T> static inline Vec<Compute<T>> rounded(Vec<Compute<T>> v) {
+  if constexpr (sizeof(T) == sizeof(Compute<T>)) return v;
+  T stored[kLanes<Compute<T>>];
+  store(stored, v);
+  return load(stored);
+}
+
+// A vector of which only the first `count` lanes are in memory; the others are loaded as zeros.
+template <class T> static inline Vec<Compute<T>> load_some(const T* from, int64_t count) {
+  if (count >= kLanes<Compute<T>>) return load(from);
+  T values[kLanes<Compute<T>>] = {};
+  std::memcpy(values, from, size_t(count) * sizeof(T));
+  return load(values);
+}
+template <class T> static inline void store_some(T* to, Vec<Compute<T>> v, int64_t count) {
+  if (count >= kLanes<Compute<T>>) return store(to, v);
+  T values[kLanes<Compute<T>>];
+  store(values, v);
+  std::memcpy(to, values, size_t(count) * sizeof(T));
+}
+
+// Lane i of the result is lane i of a where i has no bit Half, and lane i - Half of b where it has; or, for
+// the second, lane i + Half of a, and lane i of b.
+template <int Half, class C, int... I> struct Exchange {
+  static constexpr int kCount = kLanes<C>;
+#if defined(__clang__)
+  static Vec<C> first(Vec<C> a, Vec<C> b) {
+    return __builtin_shufflevector(a, b, (I & Half ? kCount + I - Half : I)...);
+  }
+  static Vec<C> second(Vec<C> a, Vec<C> b) {
+    return __builtin_shufflevector(a, b, (I & Half ? kCount + I : I + Half)...);
+  }
+#else
+  static Vec<C> first(Vec<C> a, Vec<C> b) {
+    return __builtin_shuffle(a, b, Mask<C>{(I & Half ? kCount + I - Half : I)...});
+  }
+  static Vec<C> second(Vec<C> a, Vec<C> b) {
+    return __builtin_shuffle(a, b, Mask<C>{(I & Half ? kCount + I : I + Half)...});
+  }
+#endif
+};
+template <int Half, class C, int Count, int... I>
+struct ExchangeOf : ExchangeOf<Half, C, Count - 1, Count - 1, I...> {};
+template <int Half, class C, int... I>
+struct ExchangeOf<Half, C, 0, I...> : Exchange<Half, C, I...> {};
+
+// Transposes a square of vectors in place: lane j of v[i] and lane i of v[j] change places.
+template <class C, int Half = 1>
+[[gnu::always_inline]] static inline void transpose(Vec<C>* v) {
+  if constexpr (Half < kLanes<C>) {
+    using E = ExchangeOf<Half, C, kLanes<C>>;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<C>; ++i)
+      if (!(i & Half)) {
+        const Vec<C> a = v[i], b = v[i + Half];
+        v[i] = E::first(a, b);
+        v[i + Half] = E::second(a, b);
+      }
+    transpose<C, Half * 2>(v);
+  }
+}
 
 // Kernels go through memory in steps of this many elements (whose signs are one 32-bit word).
 constexpr int64_t kStep = 32;

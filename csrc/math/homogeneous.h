@@ -18,7 +18,13 @@ DEPTHNET_HD V slope(Mask nonnegative, V p, V minus_q) {
   return nonnegative ? p : minus_q;
 }
 
-// Backward of x + scale * (phi(h) - mean) with respect to h; g is the incoming gradient and g_mean
+// The scaled residual update; z = phi(h) and z_mean its mean over the row.
+template <class V>
+DEPTHNET_HD V residual_update(V x, V z, V z_mean, V scale) {
+  return x + scale * (z - z_mean);
+}
+
+// Backward of residual_update with respect to h; g is the incoming gradient and g_mean
 // its mean over the row (mean subtraction is its own adjoint).
 template <class V>
 DEPTHNET_HD V residual_gradient(V g, V g_mean, V scale, V slope_of_h) {

@@ -29,17 +29,22 @@ def test_backends_are_listed_in_order_with_reasons():
 
 
 def test_an_explicit_backend_that_cannot_run_says_why_for_every_backend():
-    x, weight = torch.zeros(2, 4).bfloat16(), torch.zeros(1, 4, 4).bfloat16()
+    param, grad = torch.ones(4, 3).mT, torch.ones(3, 4)
+
+    def step():
+        kernels.sgd_step_([param], [grad], [], lr=1.0, weight_decay=0.0)
+
     with (
         kernels.use_backend("cpu"),
         pytest.raises(
             RuntimeError,
-            match=r"backend 'cpu' was asked for and cannot run residual_stack:\n  cpu: .*\n"
-            r"  reference: can run it",
+            match=r"backend 'cpu' was asked for and cannot run sgd_step_:\n  cpu: a tensor is not "
+            r"contiguous\n  reference: can run it",
         ),
     ):
-        kernels.residual_stack(x, weight, 1.0)
-    assert kernels.residual_stack(x, weight, 1.0).shape == x.shape  # auto falls back
+        step()
+    step()  # auto falls back
+    assert torch.equal(param, torch.zeros(3, 4))
 
 
 def test_unknown_backends_are_refused_and_the_choice_is_restored():

@@ -53,7 +53,7 @@ def test_values_and_gradients(backend, dtype, lead, depth):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("checkpoint_every", [None, 2])
-def test_half_precision_has_a_float32_stream(dtype, checkpoint_every):
+def test_half_precision_has_a_float32_stream(backend, dtype, checkpoint_every):
     for depth in (1, 5, 40):
         x, weight, g = draw(64, depth, rows=500, dtype=dtype, away_from_kinks=0)
         ours = stack(depth**-0.5, checkpoint_every=checkpoint_every)
@@ -165,7 +165,7 @@ def test_gradcheck(backend):
         assert torch.autograd.gradcheck(stack(checkpoint_every=every), inputs)
 
 
-def test_autocast():
+def test_autocast(backend):
     x, weight, g = draw(32, 6, rows=500, away_from_kinks=0)  # many: slopes near 0 fall either way
     with torch.autocast("cpu", torch.bfloat16):
         inputs = [t.clone().requires_grad_() for t in (x, weight)]

@@ -1,0 +1,507 @@
+// residual_stack on the CPU.  The rows of a batch lie along the SIMD lanes: a thread carries a tile of
+// panels, each `panel` rows wide, through all layers.  Inside a panel a feature is a few vectors, so that
+// means, slopes and residual updates need no shuffles, and both passes over the rows read the weights
+// as they lie in memory, element by element:
+//     forward        h[j] = sum over k of W[j][k] x[k]
+//     backward-data  g[k] += sum over j of W[j][k] d[j]
+// The weight gradient, dW[j][k] = sum over rows of d[j][row] x[row][k], has k along the lanes instead.
+// Compiled once per instruction set; everything here has internal linkage or lives in the set's namespace.
+#include "gemm.h"
+#include "kernels.h"
+#include "math/homogeneous.h"
+#include "simd.h"
+
+namespace depthnet {
+namespace DEPTHNET_ISA {
+namespace {
+
+constexpr int64_t kGroup = 32;   // features whose signs share a word
+constexpr int64_t kStage = 48;   // columns of W that backward-data goes through at a time
+constexpr int64_t kRowChunk = 256;  // rows that backward-weight goes through at a time
+constexpr int64_t kTileRows = 256, kTileBytes = 1 << 19;  // a tile stays in the second-level cache
+// From this width on, a step down a column of W is too far for the prefetchers: columns are copied.
+constexpr int64_t kCopyWidth = 768;
+
+template <class C> using Lane = decltype(Mask<C>{}[0] + 0);
+template <class T> constexpr bool kSame = sizeof(T) == sizeof(Compute<T>);
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t blocks_of(int64_t size, int64_t n) { return (n + size - 1) / size; }
+template <class T> int64_t squares(int64_t n) { return blocks_of(kLanes<Compute<T>>, n) * kLanes<Compute<T>>; }
+template <class T> int64_t terms(int64_t n) { return blocks_of(kTerms<T>, n); }
+
+int64_t tile_panels(const Stack& s, int64_t element) {
+  int64_t fit = kTileBytes / (2 * s.n * s.panel * element + 1), wanted = kTileRows / s.panel;
+  fit = smaller(fit, wanted);
+  return fit > 0 ? fit : 1;
+}
+
+// Cuts a thread's memory into arrays; with memory at 0 it only counts.
+struct Cutter {
+  uintptr_t at;
+  template <class U> U* take(int64_t count) {
+    U* taken = reinterpret_cast<U*>(at);
+    at += uintptr_t(blocks_of(64, count * int64_t(sizeof(U))) * 64);
+    return taken;
+  }
+};
+
+// What a thread carries through the layers, of every panel of its tile.
+template <class T, class C = Compute<T>>
+struct Tile {
+  int64_t width, features, groups;
+  C* stream;            // [features][width]: x, or the gradient of x
+  C* branch;            // [features][width]: forward phi(h), backward d where it is not kept
+  Operand<T>* operand;  // [terms(features)][width]: the stream or d in the storage type
+  Lane<C>* words;       // [groups][width]: the signs
+  C* sums;              // [width]: sums over the features
+  Operand<T>* weights;  // weights in the form that the products take, where memory has another
+
+  Tile(const Stack& s, Cutter& cut)
+      : width(s.panel), features(squares<T>(s.n)), groups(blocks_of(kGroup, s.n)) {
+    const int64_t panels = tile_panels(s, sizeof(C));
+    stream = cut.take<C>(panels * features * width);
+    branch = cut.take<C>(panels * features * width);
+    operand = kSame<T> ? nullptr : cut.take<Operand<T>>(panels * features * width);
+    words = cut.take<Lane<C>>(panels * groups * width);
+    sums = cut.take<C>(panels * width);
+    weights = cut.take<Operand<T>>(terms<T>(s.n) * kStage);
+  }
+};
+
+// A square of lanes x lanes elements of the stream, from feature f on, in the form of an operand.
+template <class T, class C>
+void put_operand(Operand<T>* operand, int64_t f, int64_t width, const Vec<C>* square) {
+  if constexpr (kTerms<T> == 2) {
+    for (int i = 0; i < kLanes<C>; i += 2) {
+      const Word pair = to_bfloat16(square[i]) | to_bfloat16(square[i + 1]) << 16;
+      std::memcpy(operand + (f + i) / 2 * width, &pair, sizeof pair);
+    }
+  } else if constexpr (!kSame<T>) {
+    for (int i = 0; i < kLanes<C>; ++i) store(operand + (f + i) * width, rounded<T>(square[i]));
+  }
+}
+
+// `valid` rows of n elements into a panel, the rest zeros; and, rounded, into `copy`.
+template <class T, int V, class C = Compute<T>>
+void load_panel(const C* rows, int64_t valid, int64_t n, int64_t width, C* stream, Operand<T>* operand,
+                T* copy) {
+  for (int v = 0; v < V; ++v, stream += kLanes<C>)
+    for (int64_t f = 0; f < n; f += kLanes<C>) {
+      Vec<C> square[kLanes<C>];
+      for (int i = 0; i < kLanes<C>; ++i) {
+        const int64_t row = v * kLanes<C> + i;
+        square[i] = row < valid ? load_some(rows + row * n + f, n - f) : Vec<C>{};
+        if (copy && row < valid) store_some(copy + row * n + f, square[i], n - f);
+      }
+      transpose<C>(square);
+      for (int i = 0; i < kLanes<C>; ++i) store(stream + (f + i) * width, square[i]);
+      if (operand) put_operand<T, C>(operand + v * kLanes<C>, f, width, square);
+    }
+}
+
+template <class T, class C = Compute<T>>
+void store_square(Vec<C>* square, T* rows, int64_t valid, int64_t n, int64_t f) {
+  transpose<C>(square);
+  for (int i = 0; i < kLanes<C> && i < valid; ++i) store_some(rows + i * n + f, square[i], n - f);
+}
+
+// x <- x + scale * (z - mean z) for a panel; where `out` is given the rows go there, too.
+template <class T, int V, class Out, class C = Compute<T>>
+void finish_panel(const Stack& s, C scale, const Tile<T>& tile, int64_t panel, int64_t valid, Out* out) {
+  const int64_t size = panel * tile.features * tile.width;
+  for (int v = 0; v < V; ++v) {
+    C* stream = tile.stream + size + v * kLanes<C>;
+    const C* branch = tile.branch + size + v * kLanes<C>;
+    const Vec<C> sum = load(tile.sums + panel * tile.width + v * kLanes<C>);
+    const Vec<C> mean = s.mean_subtract ? sum / C(s.n) : Vec<C>{}, factor = broadcast(scale);
+    for (int64_t f = 0; f < s.n; f += kLanes<C>) {
+      Vec<C> square[kLanes<C>];
+      for (int i = 0; i < kLanes<C>; ++i) {
+        C* x = stream + (f + i) * tile.width;
+        square[i] = residual_update(load(x), load(branch + (f + i) * tile.width), mean, factor);
+        store(x, square[i]);
+      }
+      if (tile.operand) put_operand<T, C>(tile.operand + terms<T>(size) + v * kLanes<C>, f, tile.width, square);
+      if (out) store_square(square, out + v * kLanes<C> * s.n, valid - v * kLanes<C>, s.n, f);
+    }
+  }
+}
+
+// Sign words of a panel to and from rows of bytes.
+template <class C>
+void write_signs(const Lane<C>* words, int64_t width, int64_t valid, int64_t n, uint8_t* rows) {
+  const int64_t bytes = blocks_of(8, n);
+  for (int64_t at = 0; at < bytes; at += 4, words += width)
+    for (int64_t row = 0; row < valid; ++row) {
+      const uint32_t word = uint32_t(words[row]);
+      std::memcpy(rows + row * bytes + at, &word, size_t(smaller(4, bytes - at)));
+    }
+}
+template <class C>
+void read_signs(const uint8_t* rows, int64_t width, int64_t valid, int64_t n, Lane<C>* words) {
+  const int64_t bytes = blocks_of(8, n);
+  for (int64_t at = 0; at < bytes; at += 4, words += width)
+    for (int64_t row = 0; row < width; ++row) {
+      uint32_t word = 0;
+      if (row < valid) std::memcpy(&word, rows + row * bytes + at, size_t(smaller(4, bytes - at)));
+      words[row] = Lane<C>(word);
+    }
+}
+
+// M rows of W, from row j on, as the first operand of the forward product.
+template <class T>
+const Operand<T>* weight_rows(const T* weight, int64_t n, int64_t rows, Operand<T>* staged) {
+  using C = Compute<T>;
+  if constexpr (kSame<T>) return weight;
+  const int64_t length = terms<T>(n);
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* from = weight + row * n;
+    Operand<T>* to = staged + row * length;
+    if constexpr (kTerms<T> == 2) {
+      to[length - 1] = {};
+      std::memcpy(to, from, size_t(n) * sizeof(T));
+    } else {
+      for (int64_t k = 0; k < n; k += kLanes<C>) store_some(to + k, load_some(from + k, n - k), n - k);
+    }
+  }
+  return staged;
+}
+
+// Columns begin .. begin + count of W as the first operand of the backward product, [terms(n)][kStage].
+template <class T>
+void stage_columns(const T* weight, int64_t n, int64_t count, Operand<T>* staged) {
+  using C = Compute<T>;
+  for (int64_t j = 0; j < n; j += kTerms<T>, weight += kTerms<T> * n, staged += kStage)
+    for (int64_t k = 0; k < count; k += kLanes<C>) {
+      const Vec<C> first = load_some(weight + k, count - k);
+      if constexpr (kTerms<T> == 2) {
+        const Vec<C> second = j + 1 < n ? load_some(weight + n + k, count - k) : Vec<C>{};
+        const Word pair = Word(first) >> 16 | (Word(second) & 0xffff0000u);
+        std::memcpy(staged + k, &pair, sizeof pair);
+      } else {
+        store(staged + k, first);
+      }
+    }
+}
+
+template <class C>
+C multiplier(const Stack& s, int64_t member) {
+  return C(s.scales ? s.scale * s.scales[member] : s.scale);
+}
+
+template <class T, int V>
+void forward_tile(const Stack& s, int64_t member, int64_t first, int64_t count, const Tile<T>& tile) {
+  using C = Compute<T>;
+  const int64_t n = s.n, width = tile.width, size = tile.features * width;
+  const int64_t row0 = first * width, sign_bytes = blocks_of(8, n);
+  const Vec<C> p = broadcast(C(s.p)), minus_q = broadcast(C(-s.q));
+  const C scale = multiplier<C>(s, member);
+  const auto valid = [&](int64_t panel) { return smaller(width, s.rows - row0 - panel * width); };
+  // Rows of x_l that the panel has in `inputs`.
+  const auto inputs = [&](int64_t layer, int64_t panel) -> T* {
+    if (!s.inputs) return nullptr;
+    return static_cast<T*>(s.inputs) + member * s.inputs_member + (layer * s.rows + row0 + panel * width) * n;
+  };
+
+  for (int64_t panel = 0; panel < count; ++panel) {
+    const C* x = static_cast<const C*>(s.x) + (member * s.rows + row0 + panel * width) * n;
+    Operand<T>* operand = tile.operand ? tile.operand + terms<T>(panel * size) : nullptr;
+    load_panel<T, V>(x, valid(panel), n, width, tile.stream + panel * size, operand, inputs(0, panel));
+    std::memset(tile.branch + panel * size + n * width, 0, size_t(size - n * width) * sizeof(C));
+  }
+
+  for (int64_t layer = s.layer_begin; layer < s.layer_end; ++layer) {
+    const T* weight = static_cast<const T*>(s.weight) + member * s.weight_member + layer * s.weight_layer;
+    std::memset(tile.sums, 0, size_t(count * width) * sizeof(C));
+    std::memset(tile.words, 0, size_t(count * tile.groups * width) * sizeof(Lane<C>));
+
+    for_blocks(0, n, [&](int64_t j, auto outputs) {
+      constexpr int M = decltype(outputs)::value;
+      const Operand<T>* rows = weight_rows(weight + j * n, n, M, tile.weights);
+      for (int64_t panel = 0; panel < count; ++panel) {
+        const Operand<T>* x;
+        if constexpr (kSame<T>) x = tile.stream + panel * size;
+        else x = tile.operand + terms<T>(panel * size);
+        Vec<C> h[M][V], sums[V]{};
+        for_each<M, V>([&](int m, int v) { h[m][v] = Vec<C>{}; });
+        multiply(h, terms<T>(n), rows, terms<T>(n), 1, x, width);
+
+        C* branch = tile.branch + panel * size + j * width;
+        Lane<C>* words = tile.words + panel * tile.groups * width;
+        for_each<M, V>([&](int m, int v) {
+          const Mask<C> nonnegative = h[m][v] >= Vec<C>{};
+          const Vec<C> z = h[m][v] * slope(nonnegative, p, minus_q);
+          store(branch + m * width + v * kLanes<C>, z);
+          sums[v] += z;
+          if (s.signs) {
+            Lane<C>* word = words + (j + m) / kGroup * width + v * kLanes<C>;
+            Mask<C> bits;
+            std::memcpy(&bits, word, sizeof bits);
+            bits |= nonnegative & Lane<C>(uint32_t(1) << ((j + m) % kGroup));
+            std::memcpy(word, &bits, sizeof bits);
+          }
+        });
+        C* sum = tile.sums + panel * width;
+        for (int v = 0; v < V; ++v) store(sum + v * kLanes<C>, load(sum + v * kLanes<C>) + sums[v]);
+      }
+    });
+
+    for (int64_t panel = 0; panel < count; ++panel) {
+      const int64_t row = row0 + panel * width;
+      if (s.signs)
+        write_signs<C>(tile.words + panel * tile.groups * width, width, valid(panel), n,
+                       s.signs + member * s.signs_member + (layer * s.rows + row) * sign_bytes);
+      if (layer + 1 == s.layer_end)
+        finish_panel<T, V>(s, scale, tile, panel, valid(panel), static_cast<C*>(s.y) + (member * s.rows + row) * n);
+      else
+        finish_panel<T, V>(s, scale, tile, panel, valid(panel), inputs(layer + 1, panel));
+    }
+  }
+}
+
+// d = scale * (g - mean g) * phi'(h) for a panel, as the operand of the product and, where `kept` is
+// given, for the weight gradient.
+template <class T, int V>
+void branch_gradient(const Stack& s, Compute<T> scale, const Tile<T>& tile, int64_t panel, Operand<T>* operand,
+                     bfloat16* kept) {
+  using C = Compute<T>;
+  const int64_t size = panel * tile.features * tile.width;
+  const Lane<C>* words = tile.words + panel * tile.groups * tile.width;
+  const Vec<C> p = broadcast(C(s.p)), minus_q = broadcast(C(-s.q)), factor = broadcast(scale);
+  for (int v = 0; v < V; ++v) {
+    const int64_t lane = v * kLanes<C>;
+    const Vec<C> mean = s.mean_subtract ? load(tile.sums + panel * tile.width + lane) / C(s.n) : Vec<C>{};
+    const auto gradient = [&](int64_t j) {
+      Mask<C> bits;
+      std::memcpy(&bits, words + j / kGroup * tile.width + lane, sizeof bits);
+      bits = (bits & Lane<C>(uint32_t(1) << (j % kGroup))) != 0;
+      const Vec<C> g = load(tile.stream + size + j * tile.width + lane);
+      return residual_gradient(g, mean, factor, slope(bits, p, minus_q));
+    };
+    if constexpr (kTerms<T> == 2) {
+      for (int64_t j = 0; j < s.n; j += 2) {
+        const Word first = to_bfloat16(gradient(j));
+        const Word second = j + 1 < s.n ? to_bfloat16(gradient(j + 1)) : Word{};
+        const Word pair = first | second << 16;
+        std::memcpy(operand + j / 2 * tile.width + lane, &pair, sizeof pair);
+        if (kept) {
+          narrow(&kept[j * tile.width + lane].bits, first);
+          if (j + 1 < s.n) narrow(&kept[(j + 1) * tile.width + lane].bits, second);
+        }
+      }
+    } else {
+      for (int64_t j = 0; j < s.n; ++j) store(operand + j * tile.width + lane, rounded<T>(gradient(j)));
+    }
+  }
+}
+
+// The type in which d is kept for the weight gradient.
+template <class T> struct KeptOf { using type = Compute<T>; };
+#if defined(DEPTHNET_ISA_AVX512_BF16)
+template <> struct KeptOf<bfloat16> { using type = bfloat16; };
+#endif
+template <class T> using Kept = typename KeptOf<T>::type;
+
+template <class T, int V>
+void backward_tile(const Stack& s, int64_t member, int64_t first, int64_t count, const Tile<T>& tile) {
+  using C = Compute<T>;
+  const int64_t n = s.n, width = tile.width, size = tile.features * width;
+  const int64_t row0 = first * width, sign_bytes = blocks_of(8, n);
+  const C scale = multiplier<C>(s, member);
+  const auto valid = [&](int64_t panel) { return smaller(width, s.rows - row0 - panel * width); };
+
+  for (int64_t panel = 0; panel < count; ++panel) {
+    const C* grad = static_cast<const C*>(s.x) + (member * s.rows + row0 + panel * width) * n;
+    load_panel<T, V>(grad, valid(panel), n, width, tile.stream + panel * size, nullptr, static_cast<T*>(nullptr));
+  }
+  const auto sum_up = [&](int64_t panel, const auto& sums) {
+    C* sum = tile.sums + panel * width;
+    for (int v = 0; v < V; ++v) store(sum + v * kLanes<C>, load(sum + v * kLanes<C>) + sums[v]);
+  };
+  std::memset(tile.sums, 0, size_t(count * width) * sizeof(C));
+  for (int64_t stage = 0; stage < n; stage += kStage)
+    for_blocks(stage, smaller(stage + kStage, n), [&](int64_t k, auto outputs) {
+      for (int64_t panel = 0; panel < count; ++panel) {
+        Vec<C> sums[V]{};
+        for_each<decltype(outputs)::value, V>([&](int m, int v) {
+          sums[v] += load(tile.stream + panel * size + (k + m) * width + v * kLanes<C>);
+        });
+        sum_up(panel, sums);
+      }
+    });
+
+  for (int64_t layer = s.layer_end - 1; layer >= s.layer_begin; --layer) {
+    const T* weight = static_cast<const T*>(s.weight) + member * s.weight_member + layer * s.weight_layer;
+    Kept<T>* kept = nullptr;
+    if (s.d) kept = static_cast<Kept<T>*>(s.d) + (s.kept_panels(member, layer) + first) * n * width;
+    const auto operand = [&](int64_t panel) -> Operand<T>* {
+      if constexpr (kTerms<T> == 2) return tile.operand + terms<T>(panel * size);
+      else return kept ? kept + panel * n * width : tile.branch + panel * size;
+    };
+
+    for (int64_t panel = 0; panel < count; ++panel) {
+      const uint8_t* signs = s.signs + member * s.signs_member + (layer * s.rows + row0 + panel * width) * sign_bytes;
+      read_signs<C>(signs, width, valid(panel), n, tile.words + panel * tile.groups * width);
+      bfloat16* half = nullptr;
+      if constexpr (kTerms<T> == 2) half = kept ? kept + panel * n * width : nullptr;
+      branch_gradient<T, V>(s, scale, tile, panel, operand(panel), half);
+    }
+
+    std::memset(tile.sums, 0, size_t(count * width) * sizeof(C));
+    for (int64_t stage = 0; stage < n; stage += kStage) {
+      const int64_t stage_end = smaller(stage + kStage, n);
+      const Operand<T>* columns = tile.weights;
+      int64_t step = kStage;
+      if (!kSame<T> || n >= kCopyWidth) {
+        stage_columns(weight + stage, n, stage_end - stage, tile.weights);
+      } else if constexpr (kSame<T>) {
+        columns = weight + stage;
+        step = n;
+      }
+      for_blocks(stage, stage_end, [&](int64_t k, auto outputs) {
+        constexpr int M = decltype(outputs)::value;
+        for (int64_t panel = 0; panel < count; ++panel) {
+          Vec<C> g[M][V], sums[V]{};
+          for_each<M, V>([&](int m, int v) { g[m][v] = Vec<C>{}; });
+          multiply(g, terms<T>(n), columns + (k - stage), 1, step, operand(panel), width);
+          for_each<M, V>([&](int m, int v) {
+            C* stream = tile.stream + panel * size + (k + m) * width + v * kLanes<C>;
+            g[m][v] += load(stream);
+            store(stream, g[m][v]);
+            sums[v] += g[m][v];
+          });
+          sum_up(panel, sums);
+        }
+      });
+    }
+  }
+
+  for (int64_t panel = 0; panel < count; ++panel)
+    for (int v = 0; v < V; ++v) {
+      const int64_t row = row0 + panel * width + v * kLanes<C>;
+      for (int64_t f = 0; f < n; f += kLanes<C>) {
+        Vec<C> square[kLanes<C>];
+        for (int i = 0; i < kLanes<C>; ++i)
+          square[i] = load(tile.stream + panel * size + (f + i) * width + v * kLanes<C>);
+        store_square(square, static_cast<C*>(s.y) + (member * s.rows + row) * n, s.rows - row, n, f);
+      }
+    }
+}
+
+template <class T, bool Forward>
+void pass(const Stack& s, int64_t begin, int64_t end, void* workspace) {
+  Cutter cut{reinterpret_cast<uintptr_t>(workspace)};
+  const Tile<T> tile(s, cut);
+  const int64_t most = tile_panels(s, sizeof(Compute<T>));
+  while (begin < end) {
+    const int64_t member = begin / s.panels(), first = begin % s.panels();
+    const int64_t count = smaller(smaller(end - begin, s.panels() - first), most);
+    with_count<kVectors>(s.panel / kLanes<Compute<T>>, [&](auto vectors) {
+      if constexpr (Forward) forward_tile<T, decltype(vectors)::value>(s, member, first, count, tile);
+      else backward_tile<T, decltype(vectors)::value>(s, member, first, count, tile);
+    });
+    begin += count;
+  }
+}
+
+// The weight gradient goes through strips of columns.
+template <class C> constexpr int64_t kStrip = kVectors * kLanes<C>;
+
+template <class T, class C = Compute<T>>
+struct Strip {
+  Operand<T>* x;  // [terms(rows)][kStrip]
+  C* sums;        // [n][kStrip]
+  Strip(const Stack& s, Cutter& cut) {
+    x = cut.take<Operand<T>>((kRowChunk + s.panel) * kStrip<C>);
+    sums = cut.take<C>(s.n * kStrip<C>);
+  }
+};
+
+// Rows of x as the second operand of the weight gradient, `columns` of them padded to whole vectors.
+template <class T>
+void stage_rows(const T* x, int64_t rows, int64_t n, int64_t columns, Operand<T>* staged) {
+  using C = Compute<T>;
+  for (int64_t row = 0; row < rows; row += kTerms<T>, x += kTerms<T> * n, staged += kStrip<C>)
+    for (int64_t k = 0; k < columns; k += kLanes<C>) {
+      const Vec<C> first = load_some(x + k, columns - k);
+      if constexpr (kTerms<T> == 2) {
+        const Vec<C> second = row + 1 < rows ? load_some(x + n + k, columns - k) : Vec<C>{};
+        const Word pair = Word(first) >> 16 | (Word(second) & 0xffff0000u);
+        std::memcpy(staged + k, &pair, sizeof pair);
+      } else {
+        store(staged + k, first);
+      }
+    }
+}
+
+template <class T, int V>
+void weight_strip(const Stack& s, int64_t member, int64_t layer, int64_t column, int64_t begin, int64_t end,
+                  const Strip<T>& strip) {
+  using C = Compute<T>;
+  const int64_t n = s.n, width = s.panel, columns = smaller(kStrip<C>, n - column);
+  const T* x = static_cast<const T*>(s.inputs) + member * s.inputs_member + layer * s.rows * n + column;
+  T* out = static_cast<T*>(s.weight_grad) + member * s.weight_grad_member + layer * n * n + column;
+  const auto* d = static_cast<const Operand<T>*>(s.d);
+  d += terms<T>(s.kept_panels(member, layer) * n * width);
+  const int64_t chunk = (blocks_of(width, kRowChunk)) * width;
+
+  for (int64_t row0 = 0; row0 < s.rows || row0 == 0; row0 += chunk) {
+    const int64_t rows = smaller(chunk, s.rows - row0);
+    const bool last = row0 + chunk >= s.rows;
+    stage_rows(x + row0 * n, rows, n, columns, strip.x);
+    for_blocks(begin, end, [&](int64_t j, auto outputs) {
+      constexpr int M = decltype(outputs)::value;
+      Vec<C> sums[M][V];
+      for_each<M, V>([&](int m, int v) {
+        sums[m][v] = row0 ? load(strip.sums + (j + m) * kStrip<C> + v * kLanes<C>) : Vec<C>{};
+      });
+      for (int64_t row = 0; row < rows; row += width)
+        multiply(sums, terms<T>(smaller(width, rows - row)), d + terms<T>((row0 + row) * n + j * width),
+                 terms<T>(width), 1, strip.x + terms<T>(row) * kStrip<C>, kStrip<C>);
+      for_each<M, V>([&](int m, int v) {
+        const int64_t k = v * kLanes<C>;
+        if (last) store_some(out + (j + m) * n + k, sums[m][v], columns - k);
+        else store(strip.sums + (j + m) * kStrip<C> + k, sums[m][v]);
+      });
+    });
+  }
+}
+
+template <class T>
+void backward_weight(const Stack& s, int64_t begin, int64_t end, void* workspace) {
+  using C = Compute<T>;
+  Cutter cut{reinterpret_cast<uintptr_t>(workspace)};
+  const Strip<T> strip(s, cut);
+  const int64_t strips = blocks_of(kStrip<C>, s.n);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t share = task % s.shares, column = task / s.shares % strips * kStrip<C>;
+    const int64_t index = task / s.shares / strips, layers = s.layer_end - s.layer_begin;
+    with_count<kVectors>(blocks_of(kLanes<C>, s.n - column), [&](auto vectors) {
+      weight_strip<T, decltype(vectors)::value>(s, index / layers, s.layer_begin + index % layers, column,
+                                                s.n * share / s.shares, s.n * (share + 1) / s.shares, strip);
+    });
+  }
+}
+
+template <class T>
+int64_t workspace(const Stack& s) {
+  Cutter tile{0}, strip{0};
+  Tile<T>(s, tile);
+  Strip<T>(s, strip);
+  return int64_t(tile.at > strip.at ? tile.at : strip.at);
+}
+
+template <class T>
+constexpr StackKernel kernel() {
+  return {kLanes<Compute<T>>, kVectors, int(sizeof(T)), int(sizeof(Kept<T>)), workspace<T>,
+          pass<T, true>, pass<T, false>, backward_weight<T>};
+}
+
+}  // namespace
+
+const StackKernel residual_stack[kDTypes] = {kernel<float>(), kernel<double>(), kernel<bfloat16>(),
+                                             kernel<float16>()};
+
+}  // namespace DEPTHNET_ISA
+}  // namespace depthnet
