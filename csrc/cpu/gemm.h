@@ -42,15 +42,17 @@ template <class T> using Operand = typename OperandOf<T>::type;
 template <class T> constexpr int kTerms = OperandOf<T>::terms;
 
 // sums[m][v] += sum over k < depth of a[m * a_row + k * a_step] * b[k * b_step + v * lanes]
-template <int M, int V, class Sum, class E>
+// Beside each step a piece of memory that comes next is called into the caches, from next + k * next_step on.
+template <int M, int V, class Sum, class E, class Next>
 [[gnu::always_inline]] static inline void multiply(Sum (&sums)[M][V], int64_t depth, const E* a,
                                                    int64_t a_row, int64_t a_step, const E* b,
-                                                   int64_t b_step) {
+                                                   int64_t b_step, const Next* next, int64_t next_step) {
   constexpr int lanes = int(sizeof(Sum) / sizeof(E));
   for (int64_t k = 0; k < depth; ++k) {
     decltype(load(b)) row[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) row[v] = load(b + v * lanes);
+    __builtin_prefetch(next);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const auto factor = broadcast(a[m * a_row]);
@@ -59,6 +61,7 @@ template <int M, int V, class Sum, class E>
     }
     a += a_step;
     b += b_step;
+    next += next_step;
   }
 }
 
@@ -70,6 +73,11 @@ template <int M, int V, class F>
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) f(m, v);
 }
+
+// Calls f from a function of its own: amid a caller's loops and constants the compiler would keep some of the
+// sums in memory.
+template <class F>
+[[gnu::noinline]] static void outlined(const F& f) { f(); }
 
 template <int N> struct Int { static constexpr int value = N; };
 

@@ -16,11 +16,13 @@ namespace DEPTHNET_ISA {
 namespace {
 
 constexpr int64_t kGroup = 32;   // features whose signs share a word
-constexpr int64_t kStage = 48;   // columns of W that backward-data goes through at a time
+// Backward-data goes through W in pieces of so many bytes that stay in the second-level cache while their
+// columns are read, and where W needs another form, so many columns at a time.
+constexpr int64_t kPieceBytes = 1 << 18, kStage = 48;
 constexpr int64_t kRowChunk = 256;  // rows that backward-weight goes through at a time
 constexpr int64_t kTileRows = 256, kTileBytes = 1 << 19;  // a tile stays in the second-level cache
-// From this width on, a step down a column of W is too far for the prefetchers: columns are copied.
-constexpr int64_t kCopyWidth = 768;
+
+template <class T> constexpr int64_t kAhead = 64 / sizeof(T);  // a line of the caches
 
 template <class C> using Lane = decltype(Mask<C>{}[0] + 0);
 template <class T> constexpr bool kSame = sizeof(T) == sizeof(Compute<T>);
@@ -29,6 +31,12 @@ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t blocks_of(int64_t size, int64_t n) { return (n + size - 1) / size; }
 template <class T> int64_t squares(int64_t n) { return blocks_of(kLanes<Compute<T>>, n) * kLanes<Compute<T>>; }
 template <class T> int64_t terms(int64_t n) { return blocks_of(kTerms<T>, n); }
+
+// Rows of W in a piece, an even number.
+template <class T> int64_t piece_rows(int64_t n) {
+  const int64_t rows = kPieceBytes / (n * int64_t(sizeof(T))) / 2 * 2;
+  return rows > 16 ? rows : 16;
+}
 
 int64_t tile_panels(const Stack& s, int64_t element) {
   int64_t fit = kTileBytes / (2 * s.n * s.panel * element + 1), wanted = kTileRows / s.panel;
@@ -101,7 +109,7 @@ void load_panel(const C* rows, int64_t valid, int64_t n, int64_t width, C* strea
 }
 
 template <class T, class C = Compute<T>>
-void store_square(Vec<C>* square, T* rows, int64_t valid, int64_t n, int64_t f) {
+[[gnu::always_inline]] inline void store_square(Vec<C>* square, T* rows, int64_t valid, int64_t n, int64_t f) {
   transpose<C>(square);
   for (int i = 0; i < kLanes<C> && i < valid; ++i) store_some(rows + i * n + f, square[i], n - f);
 }
@@ -135,18 +143,39 @@ void write_signs(const Lane<C>* words, int64_t width, int64_t valid, int64_t n, 
   for (int64_t at = 0; at < bytes; at += 4, words += width)
     for (int64_t row = 0; row < valid; ++row) {
       const uint32_t word = uint32_t(words[row]);
-      std::memcpy(rows + row * bytes + at, &word, size_t(smaller(4, bytes - at)));
+      uint8_t* to = rows + row * bytes + at;
+      if (at + 4 <= bytes) std::memcpy(to, &word, 4);
+      else std::memcpy(to, &word, size_t(bytes - at));
     }
 }
 template <class C>
 void read_signs(const uint8_t* rows, int64_t width, int64_t valid, int64_t n, Lane<C>* words) {
   const int64_t bytes = blocks_of(8, n);
-  for (int64_t at = 0; at < bytes; at += 4, words += width)
-    for (int64_t row = 0; row < width; ++row) {
+  for (int64_t at = 0; at < bytes; at += 4, words += width) {
+    for (int64_t row = 0; row < valid; ++row) {
       uint32_t word = 0;
-      if (row < valid) std::memcpy(&word, rows + row * bytes + at, size_t(smaller(4, bytes - at)));
+      const uint8_t* from = rows + row * bytes + at;
+      if (at + 4 <= bytes) std::memcpy(&word, from, 4);
+      else std::memcpy(&word, from, size_t(bytes - at));
       words[row] = Lane<C>(word);
     }
+    for (int64_t row = valid; row < width; ++row) words[row] = 0;
+  }
+}
+
+// The bits of up to kGroup features from feature j on, the first lowest, into the words of a vector of rows.
+template <class C>
+void add_signs(Mask<C> bits, int64_t j, int64_t count, Lane<C>* words, int64_t width) {
+  const auto add = [](Lane<C>* word, Mask<C> more) {
+    Mask<C> sum;
+    std::memcpy(&sum, word, sizeof sum);
+    sum |= more;
+    std::memcpy(word, &sum, sizeof sum);
+  };
+  const int shift = int(j % kGroup);
+  words += j / kGroup * width;
+  add(words, bits << shift);
+  if (shift + count > kGroup) add(words + width, bits >> (kGroup - shift));
 }
 
 // M rows of W, from row j on, as the first operand of the forward product.
@@ -170,13 +199,13 @@ const Operand<T>* weight_rows(const T* weight, int64_t n, int64_t rows, Operand<
 
 // Columns begin .. begin + count of W as the first operand of the backward product, [terms(n)][kStage].
 template <class T>
-void stage_columns(const T* weight, int64_t n, int64_t count, Operand<T>* staged) {
+void stage_columns(const T* weight, int64_t n, int64_t rows, int64_t count, Operand<T>* staged) {
   using C = Compute<T>;
-  for (int64_t j = 0; j < n; j += kTerms<T>, weight += kTerms<T> * n, staged += kStage)
+  for (int64_t j = 0; j < rows; j += kTerms<T>, weight += kTerms<T> * n, staged += kStage)
     for (int64_t k = 0; k < count; k += kLanes<C>) {
       const Vec<C> first = load_some(weight + k, count - k);
       if constexpr (kTerms<T> == 2) {
-        const Vec<C> second = j + 1 < n ? load_some(weight + n + k, count - k) : Vec<C>{};
+        const Vec<C> second = j + 1 < rows ? load_some(weight + n + k, count - k) : Vec<C>{};
         const Word pair = Word(first) >> 16 | (Word(second) & 0xffff0000u);
         std::memcpy(staged + k, &pair, sizeof pair);
       } else {
@@ -223,27 +252,26 @@ void forward_tile(const Stack& s, int64_t member, int64_t first, int64_t count, 
         const Operand<T>* x;
         if constexpr (kSame<T>) x = tile.stream + panel * size;
         else x = tile.operand + terms<T>(panel * size);
-        Vec<C> h[M][V], sums[V]{};
-        for_each<M, V>([&](int m, int v) { h[m][v] = Vec<C>{}; });
-        multiply(h, terms<T>(n), rows, terms<T>(n), 1, x, width);
+        outlined([&] {
+          Vec<C> h[M][V]{}, sums[V]{};
+          Mask<C> bits[V]{};
+          multiply(h, terms<T>(n), rows, terms<T>(n), 1, x, width, weight + (j + M) * n, M * kTerms<T>);
 
-        C* branch = tile.branch + panel * size + j * width;
-        Lane<C>* words = tile.words + panel * tile.groups * width;
-        for_each<M, V>([&](int m, int v) {
-          const Mask<C> nonnegative = h[m][v] >= Vec<C>{};
-          const Vec<C> z = h[m][v] * slope(nonnegative, p, minus_q);
-          store(branch + m * width + v * kLanes<C>, z);
-          sums[v] += z;
-          if (s.signs) {
-            Lane<C>* word = words + (j + m) / kGroup * width + v * kLanes<C>;
-            Mask<C> bits;
-            std::memcpy(&bits, word, sizeof bits);
-            bits |= nonnegative & Lane<C>(uint32_t(1) << ((j + m) % kGroup));
-            std::memcpy(word, &bits, sizeof bits);
+          C* branch = tile.branch + panel * size + j * width;
+          for_each<M, V>([&](int m, int v) {
+            const Mask<C> nonnegative = h[m][v] >= Vec<C>{};
+            const Vec<C> z = h[m][v] * slope(nonnegative, p, minus_q);
+            store(branch + m * width + v * kLanes<C>, z);
+            sums[v] += z;
+            bits[v] |= nonnegative & Lane<C>(1 << m);
+          });
+          C* sum = tile.sums + panel * width;
+          Lane<C>* words = tile.words + panel * tile.groups * width;
+          for (int v = 0; v < V; ++v) {
+            store(sum + v * kLanes<C>, load(sum + v * kLanes<C>) + sums[v]);
+            if (s.signs) add_signs<C>(bits[v], j, M, words + v * kLanes<C>, width);
           }
         });
-        C* sum = tile.sums + panel * width;
-        for (int v = 0; v < V; ++v) store(sum + v * kLanes<C>, load(sum + v * kLanes<C>) + sums[v]);
       }
     });
 
@@ -272,26 +300,31 @@ void branch_gradient(const Stack& s, Compute<T> scale, const Tile<T>& tile, int6
   for (int v = 0; v < V; ++v) {
     const int64_t lane = v * kLanes<C>;
     const Vec<C> mean = s.mean_subtract ? load(tile.sums + panel * tile.width + lane) / C(s.n) : Vec<C>{};
-    const auto gradient = [&](int64_t j) {
-      Mask<C> bits;
-      std::memcpy(&bits, words + j / kGroup * tile.width + lane, sizeof bits);
-      bits = (bits & Lane<C>(uint32_t(1) << (j % kGroup))) != 0;
-      const Vec<C> g = load(tile.stream + size + j * tile.width + lane);
-      return residual_gradient(g, mean, factor, slope(bits, p, minus_q));
-    };
-    if constexpr (kTerms<T> == 2) {
-      for (int64_t j = 0; j < s.n; j += 2) {
-        const Word first = to_bfloat16(gradient(j));
-        const Word second = j + 1 < s.n ? to_bfloat16(gradient(j + 1)) : Word{};
-        const Word pair = first | second << 16;
-        std::memcpy(operand + j / 2 * tile.width + lane, &pair, sizeof pair);
-        if (kept) {
-          narrow(&kept[j * tile.width + lane].bits, first);
-          if (j + 1 < s.n) narrow(&kept[(j + 1) * tile.width + lane].bits, second);
+    for (int64_t group = 0; group < s.n; group += kGroup) {
+      const int64_t end = smaller(group + kGroup, s.n);
+      Mask<C> word;
+      std::memcpy(&word, words + group / kGroup * tile.width + lane, sizeof word);
+      const auto gradient = [&](int64_t j) {  // for one j of the group after another
+        const Mask<C> nonnegative = (word & 1) != 0;
+        word >>= 1;
+        const Vec<C> g = load(tile.stream + size + j * tile.width + lane);
+        return residual_gradient(g, mean, factor, slope(nonnegative, p, minus_q));
+      };
+      if constexpr (kTerms<T> == 2) {
+        for (int64_t j = group; j < end; j += 2) {
+          const Word first = to_bfloat16(gradient(j));
+          const Word second = j + 1 < end ? to_bfloat16(gradient(j + 1)) : Word{};
+          const Word pair = first | second << 16;
+          std::memcpy(operand + j / 2 * tile.width + lane, &pair, sizeof pair);
+          if (kept) {
+            narrow(&kept[j * tile.width + lane].bits, first);
+            if (j + 1 < end) narrow(&kept[(j + 1) * tile.width + lane].bits, second);
+          }
         }
+      } else {
+        for (int64_t j = group; j < end; ++j)
+          store(operand + j * tile.width + lane, rounded<T>(gradient(j)));
       }
-    } else {
-      for (int64_t j = 0; j < s.n; ++j) store(operand + j * tile.width + lane, rounded<T>(gradient(j)));
     }
   }
 }
@@ -349,31 +382,35 @@ void backward_tile(const Stack& s, int64_t member, int64_t first, int64_t count,
     }
 
     std::memset(tile.sums, 0, size_t(count * width) * sizeof(C));
-    for (int64_t stage = 0; stage < n; stage += kStage) {
-      const int64_t stage_end = smaller(stage + kStage, n);
-      const Operand<T>* columns = tile.weights;
-      int64_t step = kStage;
-      if (!kSame<T> || n >= kCopyWidth) {
-        stage_columns(weight + stage, n, stage_end - stage, tile.weights);
-      } else if constexpr (kSame<T>) {
-        columns = weight + stage;
-        step = n;
+    const int64_t piece = piece_rows<T>(n);
+    for (int64_t j = 0; j < n; j += piece) {
+      const int64_t length = smaller(piece, n - j);
+      const T* rows = weight + j * n;
+      const T* next_rows = j + length < n ? rows + length * n : weight - s.weight_layer;
+      for (int64_t stage = 0; stage < n; stage += kStage) {
+        const int64_t stage_end = smaller(stage + kStage, n);
+        if constexpr (!kSame<T>) stage_columns(rows + stage, n, length, stage_end - stage, tile.weights);
+        for_blocks(stage, stage_end, [&](int64_t k, auto outputs) {
+          constexpr int M = decltype(outputs)::value;
+          const Operand<T>* columns;
+          if constexpr (kSame<T>) columns = rows + k;
+          else columns = tile.weights + (k - stage);
+          const int64_t step = kSame<T> ? n : kStage;
+          const T* next = k + kAhead<T> < n ? rows + k + kAhead<T> : next_rows + (k + kAhead<T> - n);
+          for (int64_t panel = 0; panel < count; ++panel)
+            outlined([&] {
+              Vec<C> g[M][V]{}, sums[V]{};
+              multiply(g, terms<T>(length), columns, 1, step, operand(panel) + terms<T>(j) * width, width, next, n);
+              for_each<M, V>([&](int m, int v) {
+                C* stream = tile.stream + panel * size + (k + m) * width + v * kLanes<C>;
+                g[m][v] += load(stream);
+                store(stream, g[m][v]);
+                sums[v] += g[m][v];
+              });
+              if (j + length == n) sum_up(panel, sums);
+            });
+        });
       }
-      for_blocks(stage, stage_end, [&](int64_t k, auto outputs) {
-        constexpr int M = decltype(outputs)::value;
-        for (int64_t panel = 0; panel < count; ++panel) {
-          Vec<C> g[M][V], sums[V]{};
-          for_each<M, V>([&](int m, int v) { g[m][v] = Vec<C>{}; });
-          multiply(g, terms<T>(n), columns + (k - stage), 1, step, operand(panel), width);
-          for_each<M, V>([&](int m, int v) {
-            C* stream = tile.stream + panel * size + (k + m) * width + v * kLanes<C>;
-            g[m][v] += load(stream);
-            store(stream, g[m][v]);
-            sums[v] += g[m][v];
-          });
-          sum_up(panel, sums);
-        }
-      });
     }
   }
 
@@ -452,17 +489,21 @@ void weight_strip(const Stack& s, int64_t member, int64_t layer, int64_t column,
     stage_rows(x + row0 * n, rows, n, columns, strip.x);
     for_blocks(begin, end, [&](int64_t j, auto outputs) {
       constexpr int M = decltype(outputs)::value;
+      outlined([&] {
       Vec<C> sums[M][V];
+      for (int m = 0; m < M; ++m)
+        for (int v = 0; v < V; ++v) __builtin_prefetch(out + (j + m) * n + v * kLanes<C>, 1);
       for_each<M, V>([&](int m, int v) {
         sums[m][v] = row0 ? load(strip.sums + (j + m) * kStrip<C> + v * kLanes<C>) : Vec<C>{};
       });
       for (int64_t row = 0; row < rows; row += width)
         multiply(sums, terms<T>(smaller(width, rows - row)), d + terms<T>((row0 + row) * n + j * width),
-                 terms<T>(width), 1, strip.x + terms<T>(row) * kStrip<C>, kStrip<C>);
+                 terms<T>(width), 1, strip.x + terms<T>(row) * kStrip<C>, kStrip<C>, strip.x, 0);
       for_each<M, V>([&](int m, int v) {
         const int64_t k = v * kLanes<C>;
         if (last) store_some(out + (j + m) * n + k, sums[m][v], columns - k);
         else store(strip.sums + (j + m) * kStrip<C> + k, sums[m][v]);
+      });
       });
     });
   }
