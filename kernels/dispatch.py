@@ -7,6 +7,7 @@ the backward pass has the same layout in every backend.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -89,6 +90,16 @@ def autocast_enabled(tensor: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+class _Eager(NamedTuple):
+    """An operator for plain tensors that nothing watches, past torch.library."""
+
+    run: Callable
+    differentiable: Callable | None  # the same, with its gradient
+
+
+_eager: dict[str, _Eager] = {}
+
+
 def register(schema: str, implementation, fake) -> None:
     """Define an operator with one implementation for all devices, and its fake kernel."""
     name = schema.partition("(")[0]
@@ -109,6 +120,7 @@ def register(schema: str, implementation, fake) -> None:
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"depthnet::{name}", fake, lib=_library)
+    _eager[name] = _Eager(run, None)
 
 
 def register_autograd(op: str, backward, setup_context) -> None:
@@ -121,3 +133,30 @@ def register_autograd(op: str, backward, setup_context) -> None:
         f"depthnet::{op}", backward, setup_context=setup_context, lib=_library
     )
     torch.library.register_autograd(f"depthnet::{op}_backward", refuse, lib=_library)
+    run = _eager[op].run
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            output = run(*args)
+            setup_context(ctx, args, output)
+            return output
+
+    Function.backward = staticmethod(backward)
+    _eager[op] = _Eager(run, Function.apply)
+
+
+def call(op: str, *args):
+    """Run an operator; past torch.library, which costs more than a short kernel, where nobody looks on."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()  # fake tensors, make_fx, FLOP counters
+        or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, grad
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    ):
+        return getattr(torch.ops.depthnet, op)(*args)
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
+        return _eager[op].run(*args)
+    function = _eager[op].differentiable or getattr(torch.ops.depthnet, op)
+    return function(*args)

@@ -16,7 +16,13 @@ from depthnet.kernels.checks import (
     needs_grad,
     shape_text,
 )
-from depthnet.kernels.dispatch import autocast_enabled, register, register_autograd, select
+from depthnet.kernels.dispatch import (
+    autocast_enabled,
+    call,
+    register,
+    register_autograd,
+    select,
+)
 from depthnet.kernels.reference import sign_bytes
 
 
@@ -51,7 +57,7 @@ def _scaled_residual_autograd(ctx, grad, _):
     scale, rest = ctx.constants
     grad_h = None
     if ctx.needs_input_grad[1]:
-        grad_h = torch.ops.depthnet.scaled_residual_backward(grad, signs, scale, scales, *rest)
+        grad_h = call("scaled_residual_backward", grad, signs, scale, scales, *rest)
     return grad, grad_h, None, None, None, None, None, None
 
 
@@ -111,7 +117,8 @@ def scaled_residual(
     members = 1 if scales is None else scales.numel()
     rows = math.prod(x.shape[:-1]) // max(members, 1)
     flat = (members, rows, x.shape[-1])
-    y, _ = torch.ops.depthnet.scaled_residual(
-        x.reshape(flat), h.reshape(flat), factor, scales, p, q, mean_subtract, needs_grad(h)
+    y, _ = call(
+        "scaled_residual",
+        *(x.reshape(flat), h.reshape(flat), factor, scales, p, q, mean_subtract, needs_grad(h)),
     )
     return y.view(x.shape)

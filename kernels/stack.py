@@ -17,7 +17,13 @@ from depthnet.kernels.checks import (
     needs_grad,
     shape_text,
 )
-from depthnet.kernels.dispatch import autocast_enabled, register, register_autograd, select
+from depthnet.kernels.dispatch import (
+    autocast_enabled,
+    call,
+    register,
+    register_autograd,
+    select,
+)
 from depthnet.kernels.reference import sign_bytes, stream_dtype
 
 
@@ -95,16 +101,19 @@ def _residual_stack_context(ctx, inputs, output):
     _, weight, scale, scales, *rest = inputs
     _, saved, signs = output
     ctx.mark_non_differentiable(saved, signs)
+    ctx.set_materialize_grads(False)  # no zeros of the size of all that is saved
     ctx.save_for_backward(weight, saved, signs, scales)
     ctx.constants = scale, rest[:4]
 
 
 def _residual_stack_autograd(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 9
     weight, saved, signs, scales = ctx.saved_tensors
     scale, rest = ctx.constants
     weight_grad = ctx.needs_input_grad[1]
-    grad_x, grad_weight = torch.ops.depthnet.residual_stack_backward(
-        grad, weight, saved, signs, scale, scales, *rest, weight_grad
+    grad_x, grad_weight = call(
+        "residual_stack_backward", grad, weight, saved, signs, scale, scales, *rest, weight_grad
     )
     return grad_x, grad_weight if weight_grad else None, *[None] * 7
 
@@ -178,7 +187,8 @@ def residual_stack(
     every = 0 if checkpoint_every is None else integer("checkpoint_every", checkpoint_every, 1)
     factor, scales = multiplier(scale, x, lead)
     members = math.prod(lead)
-    y, _, _ = torch.ops.depthnet.residual_stack(
+    y, _, _ = call(
+        "residual_stack",
         x.reshape(members, x.shape[-2], n),
         weight.reshape(members, depth, n, n),
         *(factor, scales, p, q, mean_subtract, every),
