@@ -2,14 +2,15 @@
 
 The extension takes raw pointers and links no libtorch, so it builds in seconds and works with any
 torch.  Each file named in PER_ISA is compiled once per instruction set; the choice between the
-copies is made at import, by CPUID.  CXX and CXXFLAGS are honoured; DEPTHNET_NATIVE=0 leaves the
-extension out.
+copies is made at import, by CPUID.  CXX and CXXFLAGS are honoured, the latter with the last word;
+DEPTHNET_NATIVE=0 leaves the extension out.
 """
 
 import os
 import platform
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -18,7 +19,12 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-PER_ISA = ["csrc/cpu/residual.cpp", "csrc/cpu/stack.cpp", "csrc/cpu/optimizer.cpp"]
+PER_ISA = [
+    "csrc/cpu/residual.cpp",
+    "csrc/cpu/stack.cpp",
+    "csrc/cpu/optimizer.cpp",
+    "csrc/cpu/peak.cpp",
+]
 ISAS = {"baseline": []}
 if X86:
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -62,21 +68,27 @@ class BuildNative(build_ext):
         common += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
         macros = [(f"DEPTHNET_HAVE_{name.upper()}", "1") for name in ISAS]
 
-        def compile_all(sources, folder, flags, more_macros=()):
-            return self.compiler.compile(
-                sources,
+        last_word = os.environ.get("CXXFLAGS", "").split()
+
+        def compile_one(source, folder, flags, more_macros):
+            (built,) = self.compiler.compile(
+                [source],
                 output_dir=os.path.join(self.build_temp, folder),
                 macros=[*macros, *more_macros],
                 include_dirs=include_dirs,
-                extra_postargs=[*common, *flags],
+                extra_postargs=[*common, *flags, *last_word],
                 depends=ext.depends,
             )
+            return built
 
-        plain = [source for source in ext.sources if source not in PER_ISA]
-        objects = compile_all(plain, "plain", [])
+        compilations = []
         for name, flags in ISAS.items():
             isa = [("DEPTHNET_ISA", name), (f"DEPTHNET_ISA_{name.upper()}", "1")]
-            objects += compile_all(PER_ISA, name, flags, isa)
+            compilations += [(source, name, flags, isa) for source in PER_ISA]
+        plain = [source for source in ext.sources if source not in PER_ISA]
+        compilations += [(source, "plain", [], []) for source in plain]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, *zip(*compilations, strict=True)))
         output = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(objects, output, libraries=["dl"], target_lang="c++")
         for folder in (Path(output).parent, ROOT / "depthnet"):

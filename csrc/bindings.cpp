@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <chrono>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -157,6 +158,23 @@ void sgd_step(int dtype, uintptr_t parameters, int64_t count, uintptr_t lr, uint
 
 }  // namespace
 
+// Float operations a second of multiply-adds in the registers of `threads` cores.
+double fma_peak(double seconds, int threads) {
+  using Clock = std::chrono::steady_clock;
+  const PeakKernel& peak = *selected->peak;
+  py::gil_scoped_release nogil;
+  for (int64_t iterations = 1 << 12;; iterations *= 2) {
+    const auto start = Clock::now();
+    parallel_for(threads, threads, 1, [&](int64_t, int64_t, int) {
+      volatile float kept = peak.run(iterations);
+      (void)kept;
+    });
+    const std::chrono::duration<double> taken = Clock::now() - start;
+    if (taken.count() >= seconds)
+      return double(peak.operations) * double(iterations) * threads / taken.count();
+  }
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of depthnet, on raw addresses; use depthnet.kernels.";
   m.def("isas", &isas, "Names of the instruction sets that can run here, narrowest first.");
@@ -169,6 +187,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("residual_stack_backward", &residual_stack_backward);
   m.def("adamw_step", &adamw_step);
   m.def("sgd_step", &sgd_step);
+  m.def("fma_peak", &fma_peak);
 }
 
 }  // namespace depthnet

@@ -22,8 +22,12 @@ template <class T> struct OperandOf {
   using type = Compute<T>;
   static constexpr int terms = 1;
 };
-static inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> sum) { return sum + a * b; }
-static inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> sum) { return sum + a * b; }
+static inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> sum) {
+  return sum + a * b;
+}
+static inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> sum) {
+  return sum + a * b;
+}
 
 #if defined(DEPTHNET_ISA_AVX512_BF16)
 struct Pair { uint32_t bits; };  // the first in the lower half
@@ -42,17 +46,19 @@ template <class T> using Operand = typename OperandOf<T>::type;
 template <class T> constexpr int kTerms = OperandOf<T>::terms;
 
 // sums[m][v] += sum over k < depth of a[m * a_row + k * a_step] * b[k * b_step + v * lanes]
-// Beside each step a piece of memory that comes next is called into the caches, from next + k * next_step on.
-template <int M, int V, class Sum, class E, class Next>
+// Each step also calls a line of what comes next into the caches, if given: next[k * next_step].
+template <int M, int V, class Sum, class E, class Next = char>
 [[gnu::always_inline]] static inline void multiply(Sum (&sums)[M][V], int64_t depth, const E* a,
                                                    int64_t a_row, int64_t a_step, const E* b,
-                                                   int64_t b_step, const Next* next, int64_t next_step) {
+                                                   int64_t b_step, const Next* next = nullptr,
+                                                   int64_t next_step = 0) {
   constexpr int lanes = int(sizeof(Sum) / sizeof(E));
+  const bool prefetch = next != nullptr;
   for (int64_t k = 0; k < depth; ++k) {
     decltype(load(b)) row[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) row[v] = load(b + v * lanes);
-    __builtin_prefetch(next);
+    if (prefetch) __builtin_prefetch(next);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const auto factor = broadcast(a[m * a_row]);
@@ -74,8 +80,8 @@ template <int M, int V, class F>
     for (int v = 0; v < V; ++v) f(m, v);
 }
 
-// Calls f from a function of its own: amid a caller's loops and constants the compiler would keep some of the
-// sums in memory.
+// Calls f from a function of its own: amid a caller's loops and constants the compiler would keep some
+// of the sums in memory.
 template <class F>
 [[gnu::noinline]] static void outlined(const F& f) { f(); }
 

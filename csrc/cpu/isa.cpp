@@ -5,7 +5,7 @@ namespace {
 
 #define DEPTHNET_ISA_TABLE(isa) \
   Isa{#isa, isa::residual_forward, isa::residual_backward, isa::residual_stack, isa::adamw_step, \
-      isa::sgd_step}
+      isa::sgd_step, &isa::peak}
 
 const Isa kIsas[] = {
     DEPTHNET_ISA_TABLE(baseline),

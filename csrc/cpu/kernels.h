@@ -83,6 +83,12 @@ struct StepOptions {
 
 using StepKernel = void (*)(const Chunk&, const StepOptions&);
 
+// A loop of float multiply-adds, and how many operations an iteration is (a multiply-add being two).
+struct PeakKernel {
+  int64_t operations;
+  float (*run)(int64_t iterations);
+};
+
 struct Isa {
   const char* name;
   const ResidualKernel* residual_forward;   // each an array over the dtypes
@@ -90,6 +96,7 @@ struct Isa {
   const StackKernel* residual_stack;
   const StepKernel* adamw_step;
   const StepKernel* sgd_step;
+  const PeakKernel* peak;
 };
 
 #define DEPTHNET_DECLARE_ISA(isa)                              \
@@ -99,6 +106,7 @@ struct Isa {
   extern const StackKernel residual_stack[kDTypes];            \
   extern const StepKernel adamw_step[kDTypes];                 \
   extern const StepKernel sgd_step[kDTypes];                   \
+  extern const PeakKernel peak;                                \
   }
 DEPTHNET_DECLARE_ISA(baseline)
 #ifdef DEPTHNET_HAVE_AVX512

@@ -16,9 +16,10 @@ namespace DEPTHNET_ISA {
 namespace {
 
 constexpr int64_t kGroup = 32;   // features whose signs share a word
-// Backward-data goes through W in pieces of so many bytes that stay in the second-level cache while their
-// columns are read, and where W needs another form, so many columns at a time.
-constexpr int64_t kPieceBytes = 1 << 18, kStage = 48;
+// Backward-data goes through so many rows of W at a time, which stay in the second-level cache while their
+// columns are read, and where W needs another form, through so many columns.
+template <class T> constexpr int64_t kPiece = 1024 / sizeof(T);
+constexpr int64_t kStage = 48;
 constexpr int64_t kRowChunk = 256;  // rows that backward-weight goes through at a time
 constexpr int64_t kTileRows = 256, kTileBytes = 1 << 19;  // a tile stays in the second-level cache
 
@@ -29,14 +30,10 @@ template <class T> constexpr bool kSame = sizeof(T) == sizeof(Compute<T>);
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t blocks_of(int64_t size, int64_t n) { return (n + size - 1) / size; }
-template <class T> int64_t squares(int64_t n) { return blocks_of(kLanes<Compute<T>>, n) * kLanes<Compute<T>>; }
-template <class T> int64_t terms(int64_t n) { return blocks_of(kTerms<T>, n); }
-
-// Rows of W in a piece, an even number.
-template <class T> int64_t piece_rows(int64_t n) {
-  const int64_t rows = kPieceBytes / (n * int64_t(sizeof(T))) / 2 * 2;
-  return rows > 16 ? rows : 16;
+template <class T> int64_t squares(int64_t n) {
+  return blocks_of(kLanes<Compute<T>>, n) * kLanes<Compute<T>>;
 }
+template <class T> int64_t terms(int64_t n) { return blocks_of(kTerms<T>, n); }
 
 int64_t tile_panels(const Stack& s, int64_t element) {
   int64_t fit = kTileBytes / (2 * s.n * s.panel * element + 1), wanted = kTileRows / s.panel;
@@ -63,7 +60,7 @@ struct Tile {
   Operand<T>* operand;  // [terms(features)][width]: the stream or d in the storage type
   Lane<C>* words;       // [groups][width]: the signs
   C* sums;              // [width]: sums over the features
-  Operand<T>* weights;  // weights in the form that the products take, where memory has another
+  Operand<T>* weights = nullptr;  // in the form that the products take, where memory has another
 
   Tile(const Stack& s, Cutter& cut)
       : width(s.panel), features(squares<T>(s.n)), groups(blocks_of(kGroup, s.n)) {
@@ -73,7 +70,9 @@ struct Tile {
     operand = kSame<T> ? nullptr : cut.take<Operand<T>>(panels * features * width);
     words = cut.take<Lane<C>>(panels * groups * width);
     sums = cut.take<C>(panels * width);
-    weights = cut.take<Operand<T>>(terms<T>(s.n) * kStage);
+    if (kSame<T>) return;
+    const int64_t rows = kOutputs * terms<T>(s.n), columns = terms<T>(smaller(kPiece<T>, s.n)) * kStage;
+    weights = cut.take<Operand<T>>(rows > columns ? rows : columns);
   }
 };
 
@@ -109,7 +108,8 @@ void load_panel(const C* rows, int64_t valid, int64_t n, int64_t width, C* strea
 }
 
 template <class T, class C = Compute<T>>
-[[gnu::always_inline]] inline void store_square(Vec<C>* square, T* rows, int64_t valid, int64_t n, int64_t f) {
+[[gnu::always_inline]] inline void store_square(Vec<C>* square, T* rows, int64_t valid, int64_t n,
+                                                int64_t f) {
   transpose<C>(square);
   for (int i = 0; i < kLanes<C> && i < valid; ++i) store_some(rows + i * n + f, square[i], n - f);
 }
@@ -130,7 +130,8 @@ void finish_panel(const Stack& s, C scale, const Tile<T>& tile, int64_t panel, i
         square[i] = residual_update(load(x), load(branch + (f + i) * tile.width), mean, factor);
         store(x, square[i]);
       }
-      if (tile.operand) put_operand<T, C>(tile.operand + terms<T>(size) + v * kLanes<C>, f, tile.width, square);
+      if (tile.operand)
+        put_operand<T, C>(tile.operand + terms<T>(size) + v * kLanes<C>, f, tile.width, square);
       if (out) store_square(square, out + v * kLanes<C> * s.n, valid - v * kLanes<C>, s.n, f);
     }
   }
@@ -163,7 +164,7 @@ void read_signs(const uint8_t* rows, int64_t width, int64_t valid, int64_t n, La
   }
 }
 
-// The bits of up to kGroup features from feature j on, the first lowest, into the words of a vector of rows.
+// The bits of `count` features from feature j on, the first lowest, into the words of a vector of rows.
 template <class C>
 void add_signs(Mask<C> bits, int64_t j, int64_t count, Lane<C>* words, int64_t width) {
   const auto add = [](Lane<C>* word, Mask<C> more) {
@@ -230,7 +231,8 @@ void forward_tile(const Stack& s, int64_t member, int64_t first, int64_t count, 
   // Rows of x_l that the panel has in `inputs`.
   const auto inputs = [&](int64_t layer, int64_t panel) -> T* {
     if (!s.inputs) return nullptr;
-    return static_cast<T*>(s.inputs) + member * s.inputs_member + (layer * s.rows + row0 + panel * width) * n;
+    const int64_t row = layer * s.rows + row0 + panel * width;
+    return static_cast<T*>(s.inputs) + member * s.inputs_member + row * n;
   };
 
   for (int64_t panel = 0; panel < count; ++panel) {
@@ -281,7 +283,8 @@ void forward_tile(const Stack& s, int64_t member, int64_t first, int64_t count, 
         write_signs<C>(tile.words + panel * tile.groups * width, width, valid(panel), n,
                        s.signs + member * s.signs_member + (layer * s.rows + row) * sign_bytes);
       if (layer + 1 == s.layer_end)
-        finish_panel<T, V>(s, scale, tile, panel, valid(panel), static_cast<C*>(s.y) + (member * s.rows + row) * n);
+        finish_panel<T, V>(s, scale, tile, panel, valid(panel),
+                           static_cast<C*>(s.y) + (member * s.rows + row) * n);
       else
         finish_panel<T, V>(s, scale, tile, panel, valid(panel), inputs(layer + 1, panel));
     }
@@ -291,8 +294,8 @@ void forward_tile(const Stack& s, int64_t member, int64_t first, int64_t count, 
 // d = scale * (g - mean g) * phi'(h) for a panel, as the operand of the product and, where `kept` is
 // given, for the weight gradient.
 template <class T, int V>
-void branch_gradient(const Stack& s, Compute<T> scale, const Tile<T>& tile, int64_t panel, Operand<T>* operand,
-                     bfloat16* kept) {
+void branch_gradient(const Stack& s, Compute<T> scale, const Tile<T>& tile, int64_t panel,
+                     Operand<T>* operand, bfloat16* kept) {
   using C = Compute<T>;
   const int64_t size = panel * tile.features * tile.width;
   const Lane<C>* words = tile.words + panel * tile.groups * tile.width;
@@ -346,7 +349,8 @@ void backward_tile(const Stack& s, int64_t member, int64_t first, int64_t count,
 
   for (int64_t panel = 0; panel < count; ++panel) {
     const C* grad = static_cast<const C*>(s.x) + (member * s.rows + row0 + panel * width) * n;
-    load_panel<T, V>(grad, valid(panel), n, width, tile.stream + panel * size, nullptr, static_cast<T*>(nullptr));
+    load_panel<T, V>(grad, valid(panel), n, width, tile.stream + panel * size, nullptr,
+                     static_cast<T*>(nullptr));
   }
   const auto sum_up = [&](int64_t panel, const auto& sums) {
     C* sum = tile.sums + panel * width;
@@ -374,7 +378,8 @@ void backward_tile(const Stack& s, int64_t member, int64_t first, int64_t count,
     };
 
     for (int64_t panel = 0; panel < count; ++panel) {
-      const uint8_t* signs = s.signs + member * s.signs_member + (layer * s.rows + row0 + panel * width) * sign_bytes;
+      const int64_t row = layer * s.rows + row0 + panel * width;
+      const uint8_t* signs = s.signs + member * s.signs_member + row * sign_bytes;
       read_signs<C>(signs, width, valid(panel), n, tile.words + panel * tile.groups * width);
       bfloat16* half = nullptr;
       if constexpr (kTerms<T> == 2) half = kept ? kept + panel * n * width : nullptr;
@@ -382,9 +387,8 @@ void backward_tile(const Stack& s, int64_t member, int64_t first, int64_t count,
     }
 
     std::memset(tile.sums, 0, size_t(count * width) * sizeof(C));
-    const int64_t piece = piece_rows<T>(n);
-    for (int64_t j = 0; j < n; j += piece) {
-      const int64_t length = smaller(piece, n - j);
+    for (int64_t j = 0; j < n; j += kPiece<T>) {
+      const int64_t length = smaller(kPiece<T>, n - j);
       const T* rows = weight + j * n;
       const T* next_rows = j + length < n ? rows + length * n : weight - s.weight_layer;
       for (int64_t stage = 0; stage < n; stage += kStage) {
@@ -400,7 +404,8 @@ void backward_tile(const Stack& s, int64_t member, int64_t first, int64_t count,
           for (int64_t panel = 0; panel < count; ++panel)
             outlined([&] {
               Vec<C> g[M][V]{}, sums[V]{};
-              multiply(g, terms<T>(length), columns, 1, step, operand(panel) + terms<T>(j) * width, width, next, n);
+              multiply(g, terms<T>(length), columns, 1, step, operand(panel) + terms<T>(j) * width, width,
+                       next, n);
               for_each<M, V>([&](int m, int v) {
                 C* stream = tile.stream + panel * size + (k + m) * width + v * kLanes<C>;
                 g[m][v] += load(stream);
@@ -490,20 +495,19 @@ void weight_strip(const Stack& s, int64_t member, int64_t layer, int64_t column,
     for_blocks(begin, end, [&](int64_t j, auto outputs) {
       constexpr int M = decltype(outputs)::value;
       outlined([&] {
-      Vec<C> sums[M][V];
-      for (int m = 0; m < M; ++m)
-        for (int v = 0; v < V; ++v) __builtin_prefetch(out + (j + m) * n + v * kLanes<C>, 1);
-      for_each<M, V>([&](int m, int v) {
-        sums[m][v] = row0 ? load(strip.sums + (j + m) * kStrip<C> + v * kLanes<C>) : Vec<C>{};
-      });
-      for (int64_t row = 0; row < rows; row += width)
-        multiply(sums, terms<T>(smaller(width, rows - row)), d + terms<T>((row0 + row) * n + j * width),
-                 terms<T>(width), 1, strip.x + terms<T>(row) * kStrip<C>, kStrip<C>, strip.x, 0);
-      for_each<M, V>([&](int m, int v) {
-        const int64_t k = v * kLanes<C>;
-        if (last) store_some(out + (j + m) * n + k, sums[m][v], columns - k);
-        else store(strip.sums + (j + m) * kStrip<C> + k, sums[m][v]);
-      });
+        Vec<C> sums[M][V];
+        for_each<M, V>([&](int m, int v) {
+          __builtin_prefetch(out + (j + m) * n + v * kLanes<C>, 1);
+          sums[m][v] = row0 ? load(strip.sums + (j + m) * kStrip<C> + v * kLanes<C>) : Vec<C>{};
+        });
+        for (int64_t row = 0; row < rows; row += width)
+          multiply(sums, terms<T>(smaller(width, rows - row)), d + terms<T>((row0 + row) * n + j * width),
+                   terms<T>(width), 1, strip.x + terms<T>(row) * kStrip<C>, kStrip<C>);
+        for_each<M, V>([&](int m, int v) {
+          const int64_t k = v * kLanes<C>;
+          if (last) store_some(out + (j + m) * n + k, sums[m][v], columns - k);
+          else store(strip.sums + (j + m) * kStrip<C> + k, sums[m][v]);
+        });
       });
     });
   }
@@ -518,9 +522,10 @@ void backward_weight(const Stack& s, int64_t begin, int64_t end, void* workspace
   for (int64_t task = begin; task < end; ++task) {
     const int64_t share = task % s.shares, column = task / s.shares % strips * kStrip<C>;
     const int64_t index = task / s.shares / strips, layers = s.layer_end - s.layer_begin;
+    const int64_t first = s.n * share / s.shares, last = s.n * (share + 1) / s.shares;
     with_count<kVectors>(blocks_of(kLanes<C>, s.n - column), [&](auto vectors) {
       weight_strip<T, decltype(vectors)::value>(s, index / layers, s.layer_begin + index % layers, column,
-                                                s.n * share / s.shares, s.n * (share + 1) / s.shares, strip);
+                                                first, last, strip);
     });
   }
 }
