@@ -20,10 +20,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Timings of one run may be compared with each other, never with those of another run.
+# Timings of one run may be compared with each other, never with those of another run.  ARGS are throughput.py's.
 bench: $(VENV)/.run
-	$(BIN)/python bench/residual.py $(ARGS)
-	$(BIN)/python bench/optimizer.py $(ARGS)
+	$(BIN)/python bench/residual.py
+	$(BIN)/python bench/optimizer.py
+	$(BIN)/python bench/throughput.py $(ARGS)
+	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/plot.py
 
 wheel: $(VENV)/.dev

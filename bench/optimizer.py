@@ -8,7 +8,7 @@ copy of the bytes that AdamW must move, 28 an element (p, m, v read and written,
 """
 
 import torch
-from common import interleaved, machine, write_csv
+from common import interleaved, print_machine, write_csv
 
 import depthnet
 
@@ -38,7 +38,7 @@ def providers(n: int, depth: int) -> dict:
 
 
 def main() -> None:
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    print_machine()
     rows = []
     for n, depth in SHAPES:
         times = interleaved(providers(n, depth))

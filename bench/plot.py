@@ -3,39 +3,177 @@
 python bench/plot.py
 """
 
-import csv
-
-from common import RESULTS
+from common import RESULTS, read_csv
 from matplotlib.figure import Figure
 
-COLOURS = {"depthnet": "#0072B2", "eager": "#D55E00", "compile": "#E69F00", "copy": "#999999"}
+COLOURS = {
+    "depthnet": "#0072B2",
+    "eager": "#D55E00",
+    "compile": "#E69F00",
+    "bare GEMMs": "#009E73",
+    "copy": "#999999",
+}
+
+
+def unique(values) -> list:
+    return list(dict.fromkeys(values))
+
+
+def grouped_bars(axis, labels: list[str], heights: dict[str, list[float]]) -> None:
+    """A group of bars for each label, in it a bar for each provider."""
+    width = 0.8 / len(heights)
+    for offset, (provider, values) in enumerate(heights.items()):
+        places = [index + width * (offset - (len(heights) - 1) / 2) for index in range(len(values))]
+        axis.bar(places, values, width, color=COLOURS[provider], label=provider)
+    axis.set_xticks(range(len(labels)), labels)
+    axis.grid(axis="y", alpha=0.3)
+
+
+def save(figure: Figure, title: str, row: dict, name: str) -> None:
+    figure.suptitle(
+        f"{title}: {row['cpu']}, {row['threads']} threads, {row['isa']}, torch {row['torch']}"
+    )
+    figure.savefig(RESULTS / name, dpi=120)
+    print(f"wrote {RESULTS / name}")
 
 
 def residual() -> None:
-    with open(RESULTS / "residual.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv("residual.csv")
     kinds = sorted({(row["dtype"], row["mode"]) for row in rows}, reverse=True)
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axis, (dtype, mode) in zip(figure.subplots(2, 2).flat, kinds, strict=True):
         own = [row for row in rows if (row["dtype"], row["mode"]) == (dtype, mode)]
-        shapes = list(dict.fromkeys((row["rows"], row["n"]) for row in own))
-        for offset, (provider, colour) in enumerate(COLOURS.items()):
-            rates = [float(row["gb_per_s"]) for row in own if row["provider"] == provider]
-            places = [index + 0.2 * (offset - 1.5) for index in range(len(rates))]
-            axis.bar(places, rates, 0.2, color=colour, label=provider)
-        axis.set_xticks(range(len(shapes)), [f"{r} x {n}" for r, n in shapes], rotation=20)
+        rates = {
+            provider: [float(row["gb_per_s"]) for row in own if row["provider"] == provider]
+            for provider in unique(row["provider"] for row in own)
+        }
+        grouped_bars(axis, unique(f"{row['rows']} x {row['n']}" for row in own), rates)
+        axis.tick_params(axis="x", rotation=20)
         axis.set_title(f"{mode}, {dtype}")
         axis.set_xlabel("rows x n")
         axis.set_ylabel("GB/s of the bytes that must move")
-        axis.grid(axis="y", alpha=0.3)
     figure.axes[0].legend()
-    row = rows[0]
-    figure.suptitle(
-        f"scaled_residual: {row['cpu']}, {row['threads']} threads, {row['isa']}, torch {row['torch']}"
+    save(figure, "scaled_residual", rows[0], "residual.png")
+
+
+def throughput() -> None:
+    rows = read_csv("throughput.csv")
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    (steps, inference), (depth, others) = (
+        half.subplots(1, 2, width_ratios=ratios)  # each row is laid out on its own
+        for half, ratios in zip(figure.subfigures(2, 1), ((1, 1), (1.3, 1)), strict=True)
     )
-    figure.savefig(RESULTS / "residual.png", dpi=120)
-    print(f"wrote {RESULTS / 'residual.png'}")
+    of_limit(steps, [row for row in rows if row["section"] == "step"])
+    steps.set_title("forward + backward, float32, B = 128")
+    steps.legend(loc="upper left", ncols=2)
+    of_limit(inference, [row for row in rows if row["section"] == "inference"])
+    inference.set_title("inference, float32, B = 128")
+    linear_in_depth(depth, [row for row in rows if row["section"] == "depth"])
+    speedups(others, rows)
+    save(figure, "residual_stack", rows[0], "throughput.png")
+
+
+def milliseconds(rows: list[dict], columns: tuple[str, ...]) -> dict[tuple, dict[str, float]]:
+    """For each setting of the columns: provider -> ms."""
+    times = {}
+    for row in rows:
+        times.setdefault(tuple(row[column] for column in columns), {})[row["provider"]] = float(
+            row["ms"]
+        )
+    return times
+
+
+def of_limit(axis, rows: list[dict]) -> None:
+    times = milliseconds(rows, ("n", "depth"))
+    shares = {
+        provider: [100 * ms["FMA limit"] / ms[provider] for ms in times.values()]
+        for provider in unique(row["provider"] for row in rows)
+        if provider != "FMA limit"
+    }
+    grouped_bars(axis, [f"n={n}\nL={depth}" for n, depth in times], shares)
+    axis.set_ylabel("% of the FMA limit")
+    axis.axhline(100, color="black", linewidth=1)
+    axis.set_ylim(0, 120)
+
+
+def linear_in_depth(axis, rows: list[dict]) -> None:
+    depths = [int(row["depth"]) for row in rows]
+    layer = [float(row["ms"]) / depth for row, depth in zip(rows, depths, strict=True)]
+    axis.plot(depths, [ms / layer[0] for ms in layer], "o-", color=COLOURS["depthnet"])
+    axis.axhspan(0.85, 1.15, color=COLOURS["copy"], alpha=0.3, label="within 15 %")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(depths, depths)
+    axis.set_ylim(bottom=0)
+    axis.set_title("forward + backward, n = 64, B = 128")
+    axis.set_xlabel("depth L")
+    axis.set_ylabel(f"time a layer, relative to L = {depths[0]}")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right")
+
+
+def speedups(axis, rows: list[dict]) -> None:
+    """How often as fast as its only competitor, in the sections that have one."""
+    labels = {
+        "population": "{members} networks, n={n} L={depth}, B={rows}",
+        "training": "AdamW step, n={n} L={depth}",
+        "dtypes": "{dtype}, n={n} L={depth}",
+    }
+    ratios = {}
+    for section, label in labels.items():
+        own = [row for row in rows if row["section"] == section]
+        columns = ("members", "n", "depth", "rows", "dtype")
+        for setting, ms in milliseconds(own, columns).items():
+            ours = ms.pop("depthnet")
+            ms.pop("FMA limit", None)
+            (other,) = ms
+            text = label.format(**dict(zip(columns, setting, strict=True)))
+            ratios[f"{text}\nagainst {other}"] = ms[other] / ours
+    bars = axis.barh(list(ratios), list(ratios.values()), color=COLOURS["depthnet"])
+    axis.bar_label(bars, fmt="%.1f", padding=3, bbox={"color": "white", "pad": 0.5})
+    axis.axvline(1, color="black", linewidth=1)
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.tick_params(axis="y", labelsize=8)
+    axis.set_title("depthnet, how often as fast")
+    axis.grid(axis="x", alpha=0.3)
+
+
+def memory() -> None:
+    rows = read_csv("memory.csv")
+    styles = {
+        "eager": (COLOURS["eager"], "o-"),
+        "eager, inference": (COLOURS["eager"], "s--"),
+        "depthnet": (COLOURS["depthnet"], "o-"),
+        "depthnet, inference": (COLOURS["depthnet"], "s--"),
+        "depthnet, checkpoints": ("#56B4E9", "o-"),
+    }
+    widths = unique(row["n"] for row in rows)
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    for axis, n in zip(figure.subplots(1, len(widths), sharey=True), widths, strict=True):
+        for provider, (colour, style) in styles.items():
+            own = [row for row in rows if (row["n"], row["provider"]) == (n, provider)]
+            depths = [int(row["depth"]) for row in own]
+            # Linux counts resident memory in steps of about 0.25 MiB.
+            peaks = [max(0.25, float(row["peak_bytes"]) / 2**20) for row in own]
+            axis.plot(depths, peaks, style, color=colour, label=provider)
+        gradients = [
+            float(row["gradient_bytes"]) / 2**20
+            for row in rows
+            if (row["n"], row["provider"]) == (n, "depthnet")
+        ]
+        axis.plot(depths, gradients, ":", color="black", label="the gradients alone")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(depths, depths)
+        axis.set_title(f"n = {n}, B = {rows[0]['rows']}, {rows[0]['dtype']}")
+        axis.set_xlabel("depth L")
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("peak above inputs and weights, MiB")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    save(figure, "Memory of forward + backward", rows[0], "memory.png")
 
 
 if __name__ == "__main__":
     residual()
+    throughput()
+    memory()

@@ -10,7 +10,7 @@ beforehand.  Forward moves x, h, y and one bit an element; backward the two grad
 import itertools
 
 import torch
-from common import interleaved, machine, write_csv
+from common import dtype_name, interleaved, print_machine, write_csv
 
 from depthnet import _C
 from depthnet.kernels.cpu import DTYPES
@@ -68,7 +68,7 @@ def providers(mode: str, rows: int, n: int, dtype: torch.dtype) -> tuple[dict, f
 
 
 def main() -> None:
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    print_machine()
     print(
         f"{'mode':>8} {'dtype':>9} {'rows':>6} {'n':>5}  GB/s: depthnet  eager compile   copy"
         "  of copy  x best"
@@ -82,7 +82,7 @@ def main() -> None:
             rate = {name: bytes_moved / seconds / 1e9 for name, seconds in times.items()}
             of_copy = rate["depthnet"] / rate["copy"]
             against_best = rate["depthnet"] / max(rate["eager"], rate["compile"])
-            name = str(dtype).removeprefix("torch.")
+            name = dtype_name(dtype)
             print(
                 f"{mode:>8} {name:>9} {shape[0]:>6} {shape[1]:>5}        {rate['depthnet']:8.1f} "
                 f"{rate['eager']:6.1f} {rate['compile']:7.1f} {rate['copy']:6.1f} {of_copy:8.2f} "

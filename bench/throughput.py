@@ -1,0 +1,341 @@
+"""How fast is a training step of a residual stack?
+
+    python bench/throughput.py
+    python bench/throughput.py --isa avx2 --sections step --rounds 10
+
+Forward and backward (the gradients of x and of all weights) of `residual_stack`, beside eager PyTorch,
+torch.compile, the stack's matrix products alone, and the time that the products' multiply-adds take at
+the least, at the rate of independent FMAs in registers.  Targets that even this least time would miss on
+the machine are called out of reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import operator
+import time
+from collections.abc import Callable
+
+import torch
+from common import dtype_name, interleaved, print_machine, print_table, write_csv
+from stack import Stack, plain_stack
+
+import depthnet
+from depthnet import _C
+from depthnet.kernels import use_backend
+from depthnet.scaling import torch_param_groups
+
+ROWS = 128
+SHAPES = [(64, 64), (128, 64), (256, 64), (512, 32), (1024, 16)]  # (n, L)
+DEPTHS = [64, 256, 1024, 4096, 8192]
+MEMBERS = 33
+TRAINING_SHAPES = [(64, 64), (256, 64)]
+DTYPE_SHAPES = [(128, 64), (512, 32)]
+
+BOTH = "forward+backward"
+PRODUCTS = {"forward": 1, BOTH: 3}  # matrix products a layer: h; and the gradients of x and W
+GEMMS, LIMIT = "bare GEMMs", "FMA limit"
+
+# Per shape: how often as fast as the better of eager and compile, at least; the time as a part of the
+# bare GEMMs', at most; the part of the FMA limit that is reached, at least, where there is a target.
+# Sets narrower than AVX2 are held to AVX2's.
+TARGETS = {
+    "avx512": {
+        (64, 64): (8, 0.55, None),
+        (128, 64): (6, 0.6, 0.55),
+        (256, 64): (5, 0.65, 0.55),
+        (512, 32): (3, 0.65, 0.55),
+        (1024, 16): (1.8, 0.75, None),
+    },
+    "avx2": {
+        (64, 64): (8, 0.8, None),
+        (128, 64): (6, 0.8, 0.65),
+        (256, 64): (5, 1.0, 0.65),
+        (512, 32): (3, 1.0, 0.65),
+        (1024, 16): (1.8, 1.0, None),
+    },
+}
+
+
+def fma_limit(mode: str, n: int, depth: int, rows: int = ROWS) -> dict[str, Callable]:
+    """For `interleaved`: the seconds that the matrix products take at the peak rate of FMAs."""
+    flop = 2 * PRODUCTS[mode] * rows * n * n * depth
+    return {LIMIT: lambda seconds: flop / _C.fma_peak(seconds, torch.get_num_threads())}
+
+
+def compiled(stack: Stack, run: Callable) -> Callable:
+    """`run(function)` of the compiled plain stack, after the first call, which compiles."""
+    torch._dynamo.reset()
+    function = torch.compile(plain_stack, fullgraph=True, dynamic=False)
+    start = time.perf_counter()
+    run(function)
+    depth, n, _ = stack.weight.shape
+    print(f"torch.compile n={n} L={depth}: {time.perf_counter() - start:.0f} s", flush=True)
+    return lambda: run(function)
+
+
+def bare_gemms(stack: Stack) -> Callable:
+    """Three products a layer, into memory allocated beforehand.
+
+    The operands of rows are the same in all layers, so that they stay in the caches.
+    """
+    x, grad = stack.x.detach(), stack.grad
+    h, grad_x = torch.empty_like(x), torch.empty_like(x)
+    grad_weights = [torch.empty_like(layer) for layer in stack.layers]
+    weights = [layer.detach() for layer in stack.layers]
+    transposed, grad_t = [weight.T for weight in weights], grad.T
+
+    def run():
+        for weight in transposed:
+            torch.mm(x, weight, out=h)
+        for weight, grad_weight in zip(weights, grad_weights, strict=True):
+            torch.mm(grad_t, x, out=grad_weight)
+            torch.mm(grad, weight, out=grad_x)
+
+    return run
+
+
+def records(
+    times: dict[str, float],
+    *,
+    section: str,
+    n: int,
+    depth: int,
+    kernel: str = "residual_stack",
+    mode: str = BOTH,
+    members: int = 1,
+    rows: int = ROWS,
+    dtype: torch.dtype = torch.float32,
+) -> list[dict]:
+    key = {
+        "section": section,
+        "kernel": kernel,
+        "mode": mode,
+        "n": n,
+        "depth": depth,
+        "members": members,
+        "rows": rows,
+        "dtype": dtype_name(dtype),
+    }
+    return [
+        {**key, "provider": provider, "ms": f"{seconds * 1e3:.5f}"}
+        for provider, seconds in times.items()
+    ]
+
+
+def milliseconds(times: dict[str, float]) -> list[float]:
+    return [seconds * 1e3 for seconds in times.values()]
+
+
+JUDGED = ("reached", "target", "limit", "")
+
+
+def judged(value: float, reaches: Callable, target: float, limit: float) -> tuple:
+    """The columns JUDGED; `limit` is the value of a code that runs at the FMA limit."""
+    passes, possible = reaches(value, target), reaches(limit, target)
+    verdict = "pass" if passes else "miss" if possible else "out of reach"
+    sign = {operator.ge: "≥", operator.le: "≤"}[reaches]
+    return value, f"{sign} {target}", limit, verdict
+
+
+def step(rounds: int) -> list[dict]:
+    """A training step at the shapes of SHAPES."""
+    targets = TARGETS["avx512" if _C.selected_isa().startswith("avx512") else "avx2"]
+    rows, table, verdicts = [], [], []
+    for n, depth in SHAPES:
+        stack = Stack(n, depth, ROWS)
+        times = interleaved(
+            {
+                "depthnet": stack.depthnet_step,
+                "eager": stack.eager_step,
+                "compile": compiled(stack, stack.eager_step),
+                GEMMS: bare_gemms(stack),
+            },
+            rounds,
+            limits=fma_limit(BOTH, n, depth),
+        )
+        rows += records(times, section="step", n=n, depth=depth)
+        ours, gemms, least = times["depthnet"], times[GEMMS], times[LIMIT]
+        best = min(times["eager"], times["compile"])
+        table.append((n, depth, *milliseconds(times), best / ours, ours / gemms, least / ours))
+        speedup, of_gemms, of_limit = targets[n, depth]
+        judgements = {
+            "best / depthnet": judged(best / ours, operator.ge, speedup, best / least),
+            f"depthnet / {GEMMS}": judged(ours / gemms, operator.le, of_gemms, least / gemms),
+        }
+        if of_limit is not None:
+            reached = judged(least / ours, operator.ge, of_limit, 1.0)
+            judgements[f"{LIMIT} / depthnet"] = reached
+        verdicts += [(n, depth, ratio, *columns) for ratio, columns in judgements.items()]
+    print_table(
+        "Forward + backward, ms (best: the better of eager and compile)",
+        ("n", "L", *times, "best / depthnet", f"depthnet / {GEMMS}", f"{LIMIT} / depthnet"),
+        table,
+    )
+    print_table("Targets", ("n", "L", "", *JUDGED), verdicts)
+    return rows
+
+
+def depth(rounds: int) -> list[dict]:
+    """Time a layer from depth 64 to 8192."""
+    n = 64
+    steps = {depth: Stack(n, depth, ROWS).depthnet_step for depth in DEPTHS}
+    times = interleaved(steps, rounds)
+    first = times[DEPTHS[0]] / DEPTHS[0]
+    print_table(
+        f"Forward + backward, n = {n}: time a layer relative to L = {DEPTHS[0]}",
+        ("L", "ms", *JUDGED),
+        [
+            (depth, seconds * 1e3, *judged(seconds / depth / first, operator.le, 1.15, 1.0))
+            for depth, seconds in times.items()
+        ],
+    )
+    return [
+        row
+        for depth, seconds in times.items()
+        for row in records({"depthnet": seconds}, section="depth", n=n, depth=depth)
+    ]
+
+
+def population(rounds: int) -> list[dict]:
+    """Many networks as one population against one call for each."""
+    n, depth = 64, 64
+    one, many = "depthnet", "one call a network"
+    rows, table = [], []
+    for batch in (ROWS, 16):
+        together = Stack(n, depth, batch, population=(MEMBERS,))
+        singles = [Stack(n, depth, batch) for _ in range(MEMBERS)]
+        times = interleaved(
+            {
+                one: together.depthnet_step,
+                many: lambda singles=singles: [single.depthnet_step() for single in singles],
+            },
+            rounds,
+            limits=fma_limit(BOTH, n, depth, MEMBERS * batch),
+        )
+        rows += records(times, section="population", n=n, depth=depth, members=MEMBERS, rows=batch)
+        reached = judged(times[many] / times[one], operator.ge, 2, times[many] / times[LIMIT])
+        table.append((batch, *milliseconds(times), *reached))
+    print_table(
+        f"{MEMBERS} networks of n = {n}, L = {depth} as one population, forward + backward, ms",
+        ("B", *times, *JUDGED),
+        table,
+    )
+    return rows
+
+
+@torch.no_grad()
+def inference(rounds: int) -> list[dict]:
+    """The forward pass alone at the shapes of SHAPES."""
+    rows, table = [], []
+    for n, depth in SHAPES:
+        stack = Stack(n, depth, ROWS)
+        times = interleaved(
+            {
+                "depthnet": stack.depthnet,
+                "eager": stack.eager,
+                "compile": compiled(stack, stack.eager),
+            },
+            rounds,
+            limits=fma_limit("forward", n, depth),
+        )
+        rows += records(times, section="inference", mode="forward", n=n, depth=depth)
+        best = min(times["eager"], times["compile"])
+        table.append((n, depth, *milliseconds(times), best / times["depthnet"]))
+    print_table("Inference, ms", ("n", "L", *times, "best / depthnet"), table)
+    return rows
+
+
+def training(rounds: int) -> list[dict]:
+    """A whole training step of depthnet.ResNet, with loss and AdamW."""
+    features, classes = 32, 10
+    lr = 1e-6  # small, so that the loss stays where it is and the work the same
+    x, target = torch.randn(ROWS, features), torch.randint(classes, (ROWS,))
+
+    def train(model, optimizer):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), target).backward()
+        optimizer.step()
+
+    rows, table = [], []
+    for n, depth in TRAINING_SHAPES:
+        ours, plain = (depthnet.ResNet(features, n, depth, classes) for _ in range(2))
+        our_adamw = depthnet.optim.AdamW(ours, lr=lr)
+        torch_adamw = torch.optim.AdamW(torch_param_groups(plain, lr), fused=True)
+
+        def depthnet_step(model=ours, optimizer=our_adamw):
+            train(model, optimizer)
+
+        def reference_step(model=plain, optimizer=torch_adamw):
+            with use_backend("reference"):
+                train(model, optimizer)
+
+        times = interleaved({"depthnet": depthnet_step, "reference": reference_step}, rounds)
+        rows += records(
+            times, section="training", kernel="ResNet", mode="training step", n=n, depth=depth
+        )
+        table.append((n, depth, *milliseconds(times), times["reference"] / times["depthnet"]))
+    print_table(
+        "ResNet, a step with loss and AdamW, ms (reference: plain PyTorch, fused AdamW)",
+        ("n", "L", *times, "reference / depthnet"),
+        table,
+    )
+    return rows
+
+
+def dtypes(rounds: int) -> list[dict]:
+    """A training step in bfloat16 and float64."""
+    rows, table = [], []
+    for dtype in (torch.bfloat16, torch.float64):
+        for n, depth in DTYPE_SHAPES:
+            stack = Stack(n, depth, ROWS, dtype)
+            times = interleaved(
+                {"depthnet": stack.depthnet_step, "eager": stack.eager_step}, rounds
+            )
+            rows += records(times, section="dtypes", n=n, depth=depth, dtype=dtype)
+            ratio = times["eager"] / times["depthnet"]
+            table.append((dtype_name(dtype), n, depth, *milliseconds(times), ratio))
+    print_table(
+        "Forward + backward in other dtypes, ms",
+        ("dtype", "n", "L", *times, "eager / depthnet"),
+        table,
+    )
+    return rows
+
+
+SECTIONS = {
+    section.__name__: section for section in (step, depth, population, inference, training, dtypes)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--isa",
+        choices=_C.isas(),
+        help="instruction set of depthnet's kernels and of the FMA limit, results in "
+        "throughput_<isa>.csv; torch keeps its own (default: the widest, in throughput.csv)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=30, help="timings a provider (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        default=list(SECTIONS),
+        help="what to measure; the CSV keeps its rows of all other sections (default: all)",
+    )
+    args = parser.parse_args()
+    if args.isa:
+        _C.select_isa(args.isa)
+    print_machine()
+    for section in args.sections:
+        rows = SECTIONS[section](args.rounds)
+        write_csv(f"throughput_{args.isa}.csv" if args.isa else "throughput.csv", rows, "section")
+
+
+if __name__ == "__main__":
+    main()
