@@ -59,7 +59,7 @@ def _constants(
 
 
 def _block(tensor: Tensor) -> tuple[int, int]:
-    """Address and member stride of a (P, rows, n) tensor whose members are contiguous."""
+    """Address and member stride of a tensor whose members are contiguous."""
     return tensor.data_ptr(), tensor.stride(0)
 
 
@@ -134,19 +134,18 @@ def residual_stack_backward(
     p: float,
     q: float,
     mean_subtract: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor]:
+    grad_weight: Tensor | None,
+) -> Tensor:
     members, depth, rows, n = inputs.shape
     weight = _matrices(weight)
     g = grad.to(stream_dtype(grad.dtype)).contiguous()
     grad_x = torch.empty_like(g)
-    dw = torch.empty((members, depth, n, n) if weight_grad else 0, dtype=weight.dtype)
     constants, _alive = _constants(scale, scales, p, q, mean_subtract)
     sizes = DTYPES[weight.dtype], members, depth, rows, n
-    streams = g.data_ptr(), grad_x.data_ptr()
-    saved = inputs.data_ptr(), signs.data_ptr(), dw.data_ptr() if weight_grad else 0
-    _C.residual_stack_backward(*sizes, *_layers(weight), *streams, *saved, *constants)
-    return grad_x.to(grad.dtype), dw
+    pointers = g.data_ptr(), grad_x.data_ptr(), inputs.data_ptr(), signs.data_ptr()
+    out = (0, 0) if grad_weight is None else _block(grad_weight)
+    _C.residual_stack_backward(*sizes, *_layers(weight), *pointers, *out, *constants)
+    return grad_x.to(grad.dtype)
 
 
 def _matrices(weight: Tensor) -> Tensor:

@@ -134,23 +134,21 @@ def residual_stack_backward(
     p: float,
     q: float,
     mean_subtract: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """For l = L..1: u = scale * (g - mean(g)), d = u * phi'(h_l), dW_l = d^T x_{l-1}, g <- g + d W_l."""
+    grad_weight: Tensor | None,
+) -> Tensor:
+    """For l = L..1: u = scale * (g - mean(g)), d = u * phi'(h_l), dW_l = d^T x_{l-1}, g <- g + d W_l.
+
+    The dW are written to `grad_weight`, (P, L, n, n) with contiguous layers, unless it is None.
+    """
     dtype = stream_dtype(grad.dtype)
-    g, gradients = grad.to(dtype), []
-    for layer, x, layer_signs in zip(
-        *(t.unbind(1)[::-1] for t in (weight, inputs, signs)), strict=True
-    ):
-        d = scaled_residual_backward(g, layer_signs, scale, scales, p, q, mean_subtract)
+    g = grad.to(dtype)
+    for layer in reversed(range(weight.shape[1])):
+        d = scaled_residual_backward(g, signs[:, layer], scale, scales, p, q, mean_subtract)
         d = d.to(weight.dtype).to(dtype)
-        if weight_grad:
-            gradients.append((d.mT @ x.to(dtype)).to(weight.dtype))
-        g = g + d @ layer.to(dtype)
-    g = g.to(grad.dtype)
-    if not weight_grad:
-        return g, weight.new_empty(0)
-    return g, torch.stack(gradients[::-1], 1)
+        if grad_weight is not None:
+            grad_weight[:, layer] = d.mT @ inputs[:, layer].to(dtype)
+        g = g + d @ weight[:, layer].to(dtype)
+    return g.to(grad.dtype)
 
 
 def adamw_step_(

@@ -73,21 +73,22 @@ def _residual_stack_fake(x, weight, scale, scales, p, q, mean_subtract, every, s
 def _residual_stack_backward(
     grad, weight, inputs, signs, scale, scales, p, q, mean_subtract, every, weight_grad
 ):
+    grad_weight = weight.new_empty(weight.shape if weight_grad else 0)
     if weight.shape[1] == 0:
-        return grad.clone(), torch.empty_like(weight) if weight_grad else weight.new_empty(0)
+        return grad.clone(), grad_weight
     backend = select("residual_stack", grad, weight)
     constants = scale, scales, p, q, mean_subtract
     if not every:
-        return backend.residual_stack_backward(grad, weight, inputs, signs, *constants, weight_grad)
+        out = grad_weight if weight_grad else None
+        g = backend.residual_stack_backward(grad, weight, inputs, signs, *constants, out)
+        return g, grad_weight
     g = grad.to(stream_dtype(grad.dtype))
-    grad_weight = torch.empty_like(weight) if weight_grad else weight.new_empty(0)
     segments = _segments(weight.shape[1], every)
     for index, (start, end) in reversed(list(enumerate(segments))):
         layers = weight[:, start:end]
         _, x, s = backend.residual_stack(inputs[:, index], layers, *constants, True)
-        g, segment_grad = backend.residual_stack_backward(g, layers, x, s, *constants, weight_grad)
-        if weight_grad:
-            grad_weight[:, start:end] = segment_grad
+        out = grad_weight[:, start:end] if weight_grad else None
+        g = backend.residual_stack_backward(g, layers, x, s, *constants, out)
     return g.to(grad.dtype), grad_weight
 
 
