@@ -8,13 +8,19 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 NATIVE := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: transfer test lint bench wheel clean
+.PHONY: transfer test sanitize lint bench wheel clean
 
 transfer: $(VENV)/.run
 	$(BIN)/depthnet transfer $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# The tests of the native kernels, built to report memory errors, undefined behaviour and data races.
+sanitize: $(VENV)/.dev
+	$(PIP) setuptools pybind11
+	VENV=$(VENV) .ci/sanitize address
+	VENV=$(VENV) .ci/sanitize thread
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

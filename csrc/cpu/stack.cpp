@@ -390,7 +390,8 @@ void backward_tile(const Stack& s, int64_t member, int64_t first, int64_t count,
     for (int64_t j = 0; j < n; j += kPiece<T>) {
       const int64_t length = smaller(kPiece<T>, n - j);
       const T* rows = weight + j * n;
-      const T* next_rows = j + length < n ? rows + length * n : weight - s.weight_layer;
+      const T* next_rows = rows + length * n;
+      if (j + length == n) next_rows = layer > s.layer_begin ? weight - s.weight_layer : weight;
       for (int64_t stage = 0; stage < n; stage += kStage) {
         const int64_t stage_end = smaller(stage + kStage, n);
         if constexpr (!kSame<T>) stage_columns(rows + stage, n, length, stage_end - stage, tile.weights);

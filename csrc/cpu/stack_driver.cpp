@@ -4,6 +4,7 @@
 #include <memory>
 #include <new>
 
+#include "pages.h"
 #include "parallel.h"
 
 namespace depthnet {
@@ -12,11 +13,34 @@ namespace {
 // The layers of the backward pass run in segments whose d stays in the caches between its two parts.
 constexpr int64_t kKeptBytes = 4 << 20;
 
-struct Free {
-  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+// Memory of the calling thread.  The next call finds it again, unless it is much: the system takes longer
+// to map and clear fresh pages than a kernel takes to fill them.
+constexpr int64_t kMostKept = 32 << 20;
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    if (bytes > size_) {
+      memory_.reset();
+      size_ = 0;
+      memory_.reset(::operator new(size_t(bytes), std::align_val_t(64)));
+      size_ = bytes;
+      prefer_huge_pages(memory_.get(), bytes);
+    }
+  }
+  ~Scratch() {
+    if (size_ > kMostKept) memory_.reset(), size_ = 0;
+  }
+  char* get() const { return static_cast<char*>(memory_.get()); }
+
+ private:
+  struct Free {
+    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+  };
+  static thread_local std::unique_ptr<void, Free> memory_;
+  static thread_local int64_t size_;
 };
-using Memory = std::unique_ptr<void, Free>;
-Memory allocate(int64_t bytes) { return Memory(::operator new(size_t(bytes), std::align_val_t(64))); }
+thread_local std::unique_ptr<void, Scratch::Free> Scratch::memory_;
+thread_local int64_t Scratch::size_ = 0;
 
 // The width of a panel that lets the busiest thread finish first.  Half a vector more is what the work
 // around the products costs, whatever the width.
@@ -32,11 +56,10 @@ int64_t panel_rows(const StackKernel& kernel, const Stack& s, int threads) {
   return best;
 }
 
-void run(const StackKernel& kernel, StackPass pass, const Stack& s, int64_t size, int threads) {
-  const int64_t bytes = kernel.workspace(s);
-  const Memory workspace = allocate(bytes * threads);
+// Runs a pass over 0 .. size, each thread with `bytes` of memory.
+void run(StackPass pass, const Stack& s, int64_t size, char* memory, int64_t bytes, int threads) {
   parallel_for(threads, size, 1, [&](int64_t begin, int64_t end, int part) {
-    pass(s, begin, end, static_cast<char*>(workspace.get()) + part * bytes);
+    pass(s, begin, end, memory + part * bytes);
   });
 }
 
@@ -44,30 +67,33 @@ void run(const StackKernel& kernel, StackPass pass, const Stack& s, int64_t size
 
 void stack_forward(const StackKernel& kernel, Stack s, int threads) {
   s.panel = panel_rows(kernel, s, threads);
-  run(kernel, kernel.forward, s, s.members * s.panels(), threads);
+  if (s.inputs) prefer_huge_pages(s.inputs, s.members * s.inputs_member * kernel.storage_bytes);
+  const int64_t bytes = kernel.workspace(s);
+  const Scratch scratch(bytes * threads);
+  run(kernel.forward, s, s.members * s.panels(), scratch.get(), bytes, threads);
 }
 
 void stack_backward(const StackKernel& kernel, Stack s, int threads) {
   s.panel = panel_rows(kernel, s, threads);
-  const int64_t depth = s.layer_end, panels = s.members * s.panels();
-  int64_t segment = depth;
-  Memory d;
+  const int64_t depth = s.layer_end, panels = s.members * s.panels(), bytes = kernel.workspace(s);
+  const int64_t layer_bytes = s.weight_grad ? panels * s.n * s.panel * kernel.kept_bytes : 0;
+  const int64_t segment = layer_bytes ? std::clamp(kKeptBytes / layer_bytes, int64_t(1), depth) : depth;
+  const Scratch scratch(bytes * threads + segment * layer_bytes);
   if (s.weight_grad) {
-    const int64_t layer_bytes = panels * s.n * s.panel * kernel.kept_bytes;
-    segment = std::clamp(kKeptBytes / (layer_bytes + 1), int64_t(1), depth);
-    d = allocate(segment * layer_bytes);
-    s.d = d.get();
+    s.d = scratch.get() + bytes * threads;
+    const int64_t size = (s.members - 1) * s.weight_grad_member + depth * s.n * s.n;
+    prefer_huge_pages(s.weight_grad, size * kernel.storage_bytes);
   }
   for (s.layer_end = depth; s.layer_end > 0; s.layer_end = s.layer_begin) {
     s.layer_begin = std::max(s.layer_end - segment, int64_t(0));
-    run(kernel, kernel.backward_data, s, panels, threads);
+    run(kernel.backward_data, s, panels, scratch.get(), bytes, threads);
     s.x = s.y;
     if (!s.weight_grad) continue;
     // Enough tasks for all threads, also where there are few layers.
     const int64_t strip = int64_t(kernel.lanes) * kernel.most_vectors;
     const int64_t strips = s.members * (s.layer_end - s.layer_begin) * ((s.n + strip - 1) / strip);
     s.shares = std::clamp((4 * threads + strips - 1) / strips, int64_t(1), (s.n + 5) / 6);
-    run(kernel, kernel.backward_weight, s, strips * s.shares, threads);
+    run(kernel.backward_weight, s, strips * s.shares, scratch.get(), bytes, threads);
   }
 }
 

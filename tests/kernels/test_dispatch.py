@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -86,27 +85,3 @@ print("ran")
 """
     result = python(code)
     assert result.stdout.strip() == "ran", result.stderr
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="fork is the start method of Linux")
-def test_a_forked_child_can_use_the_kernels():
-    # torch's own parallel operators hang in such a child: it compares in numpy.
-    code = """
-import os, torch
-from depthnet import kernels
-x, h = torch.randn(4000, 64), torch.randn(4000, 64)
-expected = kernels.scaled_residual(x, h, 0.5).numpy()
-child = os.fork()
-if child == 0:
-    os._exit(0 if (kernels.scaled_residual(x, h, 0.5).numpy() == expected).all() else 1)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-    assert python(code).stdout.strip() == "0"
-
-
-def test_concurrent_callers():
-    x, h = torch.randn(2000, 64), torch.randn(2000, 64)
-    expected = kernels.scaled_residual(x, h, 0.5)
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda _: kernels.scaled_residual(x, h, 0.5), range(40)))
-    assert all(torch.equal(result, expected) for result in results)
