@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/stack_driver.h"
 
@@ -179,6 +180,7 @@ double fma_peak(double seconds, int threads) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of depthnet, on raw addresses; use depthnet.kernels.";
+  keep_freed_memory();
   m.def("isas", &isas, "Names of the instruction sets that can run here, narrowest first.");
   m.def("select_isa", &select_isa);
   m.def("selected_isa", [] { return selected ? selected->name : ""; });
