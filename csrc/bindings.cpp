@@ -90,8 +90,8 @@ void residual_stack_forward(int dtype, int64_t members, int64_t depth, int64_t r
                             uintptr_t weight, int64_t weight_member, int64_t weight_layer, uintptr_t x,
                             uintptr_t y, uintptr_t inputs, uintptr_t signs, double scale,
                             uintptr_t scales, double p, double q, bool mean_subtract, int threads) {
-  const Stack s = stack_of(members, depth, rows, n, weight, weight_member, weight_layer, x, y, inputs, signs,
-                           scale, scales, p, q, mean_subtract);
+  const Stack s = stack_of(members, depth, rows, n, weight, weight_member, weight_layer, x, y, inputs,
+                           signs, scale, scales, p, q, mean_subtract);
   py::gil_scoped_release nogil;
   stack_forward(selected->residual_stack[dtype], s, threads);
 }
@@ -101,8 +101,8 @@ void residual_stack_backward(int dtype, int64_t members, int64_t depth, int64_t 
                              uintptr_t grad_x, uintptr_t inputs, uintptr_t signs, uintptr_t weight_grad,
                              int64_t weight_grad_member, double scale, uintptr_t scales, double p, double q,
                              bool mean_subtract, int threads) {
-  Stack s = stack_of(members, depth, rows, n, weight, weight_member, weight_layer, grad, grad_x, inputs, signs,
-                     scale, scales, p, q, mean_subtract);
+  Stack s = stack_of(members, depth, rows, n, weight, weight_member, weight_layer, grad, grad_x, inputs,
+                     signs, scale, scales, p, q, mean_subtract);
   s.weight_grad = address<void>(weight_grad), s.weight_grad_member = weight_grad_member;
   py::gil_scoped_release nogil;
   stack_backward(selected->residual_stack[dtype], s, threads);

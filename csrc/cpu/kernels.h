@@ -47,6 +47,7 @@ struct Stack {
 
   // The driver's: how the work is cut, and the gradients of h between the two backward passes.
   int64_t panel = 0;   // rows that a thread handles together
+  bool past_caches = false;  // inputs are too many to stay there, and are made of whole lines
   int64_t shares = 1;  // parts of a strip of the weight gradient
   void* d = nullptr;   // (members, layers, panels, n, panel); null without weight_grad
 

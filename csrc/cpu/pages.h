@@ -1,5 +1,5 @@
-// Memory that is written for the first time costs a page fault every 4 KiB: a training step that gets all of
-// its arrays anew can spend a third of its time on them.
+// Memory that is written for the first time costs a page fault every 4 KiB: a training step that gets all
+// of its arrays anew can spend a third of its time on them.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +12,9 @@
 
 namespace depthnet {
 
-// malloc returns memory that is freed at the top of its heap to the system, from an amount on that glibc raises
-// when it sees a large block freed: to twice its size, and at the most to 64 MiB.  So what one step frees
-// is there for the next.
+// malloc returns memory that is freed at the top of its heap to the system, from an amount on that glibc
+// raises when it sees a large block freed: to twice its size, and at the most to 64 MiB.  So what one
+// step frees is there for the next.
 inline void keep_freed_memory() {
   void* volatile block = std::malloc((32 << 20) - (64 << 10));  // else the compiler leaves both out
   std::free(block);

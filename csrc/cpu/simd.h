@@ -122,6 +122,27 @@ template <class C> static inline Vec<C> load(const C* from) {
 }
 template <class C> static inline void store(C* to, Vec<C> v) { std::memcpy(to, &v, sizeof v); }
 
+// A store past the caches, to an address aligned as a vector; fence() orders it before what follows.
+static inline void stream(float* to, Vec<float> v) {
+#if defined(DEPTHNET_ISA_AVX512)
+  _mm512_stream_ps(to, __m512(v));
+#elif defined(DEPTHNET_ISA_AVX2)
+  _mm256_stream_ps(to, __m256(v));
+#elif defined(__x86_64__)
+  _mm_stream_ps(to, __m128(v));
+#else
+  store(to, v);
+#endif
+}
+static inline void stream(double* to, Vec<double> v) {
+  stream(reinterpret_cast<float*>(to), (Vec<float>)v);
+}
+static inline void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
 

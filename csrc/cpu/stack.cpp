@@ -109,14 +109,20 @@ void load_panel(const C* rows, int64_t valid, int64_t n, int64_t width, C* strea
 
 template <class T, class C = Compute<T>>
 [[gnu::always_inline]] inline void store_square(Vec<C>* square, T* rows, int64_t valid, int64_t n,
-                                                int64_t f) {
+                                                int64_t f, bool past_caches = false) {
   transpose<C>(square);
+  if constexpr (kSame<T>)
+    if (past_caches) {
+      for (int i = 0; i < kLanes<C> && i < valid; ++i) stream(rows + i * n + f, square[i]);
+      return;
+    }
   for (int i = 0; i < kLanes<C> && i < valid; ++i) store_some(rows + i * n + f, square[i], n - f);
 }
 
 // x <- x + scale * (z - mean z) for a panel; where `out` is given the rows go there, too.
 template <class T, int V, class Out, class C = Compute<T>>
-void finish_panel(const Stack& s, C scale, const Tile<T>& tile, int64_t panel, int64_t valid, Out* out) {
+void finish_panel(const Stack& s, C scale, const Tile<T>& tile, int64_t panel, int64_t valid, Out* out,
+                  bool past_caches = false) {
   const int64_t size = panel * tile.features * tile.width;
   for (int v = 0; v < V; ++v) {
     C* stream = tile.stream + size + v * kLanes<C>;
@@ -132,7 +138,8 @@ void finish_panel(const Stack& s, C scale, const Tile<T>& tile, int64_t panel, i
       }
       if (tile.operand)
         put_operand<T, C>(tile.operand + terms<T>(size) + v * kLanes<C>, f, tile.width, square);
-      if (out) store_square(square, out + v * kLanes<C> * s.n, valid - v * kLanes<C>, s.n, f);
+      if (out)
+        store_square(square, out + v * kLanes<C> * s.n, valid - v * kLanes<C>, s.n, f, past_caches);
     }
   }
 }
@@ -286,7 +293,7 @@ void forward_tile(const Stack& s, int64_t member, int64_t first, int64_t count, 
         finish_panel<T, V>(s, scale, tile, panel, valid(panel),
                            static_cast<C*>(s.y) + (member * s.rows + row) * n);
       else
-        finish_panel<T, V>(s, scale, tile, panel, valid(panel), inputs(layer + 1, panel));
+        finish_panel<T, V>(s, scale, tile, panel, valid(panel), inputs(layer + 1, panel), s.past_caches);
     }
   }
 }
@@ -446,6 +453,7 @@ void pass(const Stack& s, int64_t begin, int64_t end, void* workspace) {
     });
     begin += count;
   }
+  fence();
 }
 
 // The weight gradient goes through strips of columns.

@@ -13,6 +13,9 @@ namespace {
 // The layers of the backward pass run in segments whose d stays in the caches between its two parts.
 constexpr int64_t kKeptBytes = 4 << 20;
 
+// From so many bytes on, the inputs that are saved would only push weights out of the caches.
+constexpr int64_t kCachedBytes = 4 << 20;
+
 // Memory of the calling thread.  The next call finds it again, unless it is much: the system takes longer
 // to map and clear fresh pages than a kernel takes to fill them.
 constexpr int64_t kMostKept = 32 << 20;
@@ -67,7 +70,12 @@ void run(StackPass pass, const Stack& s, int64_t size, char* memory, int64_t byt
 
 void stack_forward(const StackKernel& kernel, Stack s, int threads) {
   s.panel = panel_rows(kernel, s, threads);
-  if (s.inputs) prefer_huge_pages(s.inputs, s.members * s.inputs_member * kernel.storage_bytes);
+  if (s.inputs) {
+    const int64_t size = s.members * s.inputs_member * kernel.storage_bytes;
+    prefer_huge_pages(s.inputs, size);
+    s.past_caches = size >= kCachedBytes && s.n * kernel.storage_bytes % 64 == 0 &&
+                    reinterpret_cast<uintptr_t>(s.inputs) % 64 == 0;
+  }
   const int64_t bytes = kernel.workspace(s);
   const Scratch scratch(bytes * threads);
   run(kernel.forward, s, s.members * s.panels(), scratch.get(), bytes, threads);

@@ -104,6 +104,25 @@ def test_nothing_is_saved_without_gradients(backend):
     assert inputs.numel() == signs.numel() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_saved_inputs_are_written_past_the_caches_but_the_same(backend, dtype):
+    # 4 MiB and more of whole lines; the halves of the stack are below that.
+    depth, n = 96, 64
+    rows = 4 * 2**20 // (depth * n * dtype.itemsize) + 1
+    x, weight = (t[None] for t in draw(n, depth, rows=rows, dtype=dtype, away_from_kinks=0)[:2])
+
+    def run(x, weight):
+        return torch.ops.depthnet.residual_stack(x, weight, 0.1, None, 1.0, 1.0, True, 0, True)
+
+    y, inputs, signs = run(x, weight)
+    assert inputs.numel() * inputs.element_size() >= 4 * 2**20
+    middle, first_inputs, first_signs = run(x, weight[:, : depth // 2])
+    end, last_inputs, last_signs = run(middle, weight[:, depth // 2 :])
+    assert torch.equal(y, end)
+    assert torch.equal(inputs, torch.cat([first_inputs, last_inputs], 1))
+    assert torch.equal(signs, torch.cat([first_signs, last_signs], 1))
+
+
 def test_frozen_weight_and_frozen_input(backend):
     x, weight, g = draw(16, 3)
     full = grads(stack(), [x, weight], g)
