@@ -205,15 +205,16 @@ const Operand<T>* weight_rows(const T* weight, int64_t n, int64_t rows, Operand<
   return staged;
 }
 
-// Columns begin .. begin + count of W as the first operand of the backward product, [terms(n)][kStage].
+// `columns` columns of `rows` rows, which lie n apart, as an operand of a product over the rows:
+// [terms(rows)][step], padded to whole vectors.
 template <class T>
-void stage_columns(const T* weight, int64_t n, int64_t rows, int64_t count, Operand<T>* staged) {
+void stage(const T* from, int64_t n, int64_t rows, int64_t columns, Operand<T>* staged, int64_t step) {
   using C = Compute<T>;
-  for (int64_t j = 0; j < rows; j += kTerms<T>, weight += kTerms<T> * n, staged += kStage)
-    for (int64_t k = 0; k < count; k += kLanes<C>) {
-      const Vec<C> first = load_some(weight + k, count - k);
+  for (int64_t row = 0; row < rows; row += kTerms<T>, from += kTerms<T> * n, staged += step)
+    for (int64_t k = 0; k < columns; k += kLanes<C>) {
+      const Vec<C> first = load_some(from + k, columns - k);
       if constexpr (kTerms<T> == 2) {
-        const Vec<C> second = j + 1 < rows ? load_some(weight + n + k, count - k) : Vec<C>{};
+        const Vec<C> second = row + 1 < rows ? load_some(from + n + k, columns - k) : Vec<C>{};
         const Word pair = Word(first) >> 16 | (Word(second) & 0xffff0000u);
         std::memcpy(staged + k, &pair, sizeof pair);
       } else {
@@ -364,8 +365,8 @@ void backward_tile(const Stack& s, int64_t member, int64_t first, int64_t count,
     for (int v = 0; v < V; ++v) store(sum + v * kLanes<C>, load(sum + v * kLanes<C>) + sums[v]);
   };
   std::memset(tile.sums, 0, size_t(count * width) * sizeof(C));
-  for (int64_t stage = 0; stage < n; stage += kStage)
-    for_blocks(stage, smaller(stage + kStage, n), [&](int64_t k, auto outputs) {
+  for (int64_t begin = 0; begin < n; begin += kStage)
+    for_blocks(begin, smaller(begin + kStage, n), [&](int64_t k, auto outputs) {
       for (int64_t panel = 0; panel < count; ++panel) {
         Vec<C> sums[V]{};
         for_each<decltype(outputs)::value, V>([&](int m, int v) {
@@ -399,14 +400,14 @@ void backward_tile(const Stack& s, int64_t member, int64_t first, int64_t count,
       const T* rows = weight + j * n;
       const T* next_rows = rows + length * n;
       if (j + length == n) next_rows = layer > s.layer_begin ? weight - s.weight_layer : weight;
-      for (int64_t stage = 0; stage < n; stage += kStage) {
-        const int64_t stage_end = smaller(stage + kStage, n);
-        if constexpr (!kSame<T>) stage_columns(rows + stage, n, length, stage_end - stage, tile.weights);
-        for_blocks(stage, stage_end, [&](int64_t k, auto outputs) {
+      for (int64_t begin = 0; begin < n; begin += kStage) {
+        const int64_t end = smaller(begin + kStage, n);
+        if constexpr (!kSame<T>) stage(rows + begin, n, length, end - begin, tile.weights, kStage);
+        for_blocks(begin, end, [&](int64_t k, auto outputs) {
           constexpr int M = decltype(outputs)::value;
           const Operand<T>* columns;
           if constexpr (kSame<T>) columns = rows + k;
-          else columns = tile.weights + (k - stage);
+          else columns = tile.weights + (k - begin);
           const int64_t step = kSame<T> ? n : kStage;
           const T* next = k + kAhead<T> < n ? rows + k + kAhead<T> : next_rows + (k + kAhead<T> - n);
           for (int64_t panel = 0; panel < count; ++panel)
@@ -469,23 +470,6 @@ struct Strip {
   }
 };
 
-// Rows of x as the second operand of the weight gradient, `columns` of them padded to whole vectors.
-template <class T>
-void stage_rows(const T* x, int64_t rows, int64_t n, int64_t columns, Operand<T>* staged) {
-  using C = Compute<T>;
-  for (int64_t row = 0; row < rows; row += kTerms<T>, x += kTerms<T> * n, staged += kStrip<C>)
-    for (int64_t k = 0; k < columns; k += kLanes<C>) {
-      const Vec<C> first = load_some(x + k, columns - k);
-      if constexpr (kTerms<T> == 2) {
-        const Vec<C> second = row + 1 < rows ? load_some(x + n + k, columns - k) : Vec<C>{};
-        const Word pair = Word(first) >> 16 | (Word(second) & 0xffff0000u);
-        std::memcpy(staged + k, &pair, sizeof pair);
-      } else {
-        store(staged + k, first);
-      }
-    }
-}
-
 template <class T, int V>
 void weight_strip(const Stack& s, int64_t member, int64_t layer, int64_t column, int64_t begin, int64_t end,
                   const Strip<T>& strip) {
@@ -500,7 +484,7 @@ void weight_strip(const Stack& s, int64_t member, int64_t layer, int64_t column,
   for (int64_t row0 = 0; row0 < s.rows || row0 == 0; row0 += chunk) {
     const int64_t rows = smaller(chunk, s.rows - row0);
     const bool last = row0 + chunk >= s.rows;
-    stage_rows(x + row0 * n, rows, n, columns, strip.x);
+    stage(x + row0 * n, n, rows, columns, strip.x, kStrip<C>);
     for_blocks(begin, end, [&](int64_t j, auto outputs) {
       constexpr int M = decltype(outputs)::value;
       outlined([&] {
