@@ -15,6 +15,7 @@ import argparse
 import operator
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from common import dtype_name, interleaved, print_machine, print_table, write_csv
@@ -22,7 +23,7 @@ from stack import Stack, plain_stack
 
 import depthnet
 from depthnet import _C
-from depthnet.kernels import use_backend
+from depthnet.kernels import residual_stack, use_backend
 from depthnet.scaling import torch_param_groups
 
 ROWS = 128
@@ -176,6 +177,38 @@ def step(rounds: int) -> list[dict]:
     return rows
 
 
+def passes(rounds: int) -> list[dict]:
+    """The passes of a step, each against the FMA limit of its products."""
+    rows, table = [], []
+    for n, depth in SHAPES:
+        stack = Stack(n, depth, ROWS)
+        x, grad = stack.x, stack.grad
+        output = stack.depthnet()
+        frozen = residual_stack(x, stack.weight.detach(), stack.scale)
+        backward = partial(torch.autograd.grad, grad_outputs=grad, retain_graph=True)
+        times = interleaved(
+            {
+                "forward": stack.depthnet,
+                "backward-data": partial(backward, frozen, x),
+                "backward": partial(backward, output, (x, stack.weight)),
+            },
+            rounds,
+            limits=fma_limit("forward", n, depth),
+        )
+        least = times.pop(LIMIT)
+        times["backward-weight"] = times["backward"] - times["backward-data"]
+        for mode, seconds in times.items():
+            rows += records({"depthnet": seconds}, section="passes", mode=mode, n=n, depth=depth)
+        share = [times[mode] / least for mode in ("forward", "backward-data", "backward-weight")]
+        table.append((n, depth, *milliseconds(times), *(f"{100 / each:.0f} %" for each in share)))
+    print_table(
+        "The passes of a step, ms, and the share of the FMA limit that each one of them reaches",
+        ("n", "L", *times, "forward", "backward-data", "backward-weight"),
+        table,
+    )
+    return rows
+
+
 def depth(rounds: int) -> list[dict]:
     """Time a layer from depth 64 to 8192."""
     n = 64
@@ -304,7 +337,8 @@ def dtypes(rounds: int) -> list[dict]:
 
 
 SECTIONS = {
-    section.__name__: section for section in (step, depth, population, inference, training, dtypes)
+    section.__name__: section
+    for section in (step, passes, depth, population, inference, training, dtypes)
 }
 
 
