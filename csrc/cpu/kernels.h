@@ -50,18 +50,23 @@ struct Stack {
   bool past_caches = false;  // inputs are too many to stay there, and are made of whole lines
   int64_t shares = 1;  // parts of a strip of the weight gradient
   void* d = nullptr;   // (members, layers, panels, n, panel); null without weight_grad
-
-  int64_t panels() const { return (rows + panel - 1) / panel; }
-  int64_t kept_panels(int64_t member, int64_t layer) const {  // before those of this layer
-    return (member * (layer_end - layer_begin) + layer - layer_begin) * panels();
-  }
 };
+
+// Internal linkage, as all that the files of several instruction sets share: see math/homogeneous.h.
+static inline int64_t panels_of(const Stack& s) { return (s.rows + s.panel - 1) / s.panel; }
+
+// The branch multiplier of a member, of a Residual or a Stack.
+template <class Operation>
+static inline double multiplier(const Operation& op, int64_t member) {
+  return op.scales ? op.scale * op.scales[member] : op.scale;
+}
 
 // Handles the panels (or strips of the weight gradient, or shares of them) begin .. end of all members.
 using StackPass = void (*)(const Stack&, int64_t begin, int64_t end, void* workspace);
 
 struct StackKernel {
   int lanes, most_vectors;  // a panel is 1 .. most_vectors vectors of lanes wide, a strip is the widest
+  int outputs;  // features of a block of sums
   int storage_bytes, kept_bytes;  // an element of the storage type and of d
   int64_t (*workspace)(const Stack&);  // bytes that a thread needs
   StackPass forward, backward_data, backward_weight;

@@ -79,7 +79,7 @@ void forward(const Residual& r, int64_t begin, int64_t end) {
       if (r.mean_subtract) mean = broadcast(C(z_sum / double(n)));
     }
 
-    const Vec<C> scale = broadcast(C(r.scales ? r.scale * r.scales[member] : r.scale));
+    const Vec<C> scale = broadcast(C(multiplier(r, member)));
     for (int64_t i = 0; i < whole; i += kStep) add_step(x + i, h + i, y + i, scale, mean, p, minus_q);
     if (rest) {
       Padded<T> last(x + whole, rest);
@@ -122,7 +122,7 @@ void backward(const Residual& r, int64_t begin, int64_t end) {
       mean = broadcast(C(g_sum / double(n)));
     }
 
-    const Vec<C> scale = broadcast(C(r.scales ? r.scale * r.scales[member] : r.scale));
+    const Vec<C> scale = broadcast(C(multiplier(r, member)));
     uint32_t bits = 0;
     for (int64_t i = 0; i < whole; i += kStep) {
       std::memcpy(&bits, signs + i / 8, 4);

@@ -41,6 +41,7 @@ template <> struct VectorOf<double> {
 };
 template <class C> using Vec = typename VectorOf<C>::type;
 template <class C> using Mask = typename VectorOf<C>::mask;
+template <class C> using Lane = decltype(Mask<C>{}[0] + 0);  // of a mask
 template <class C> constexpr int kLanes = kVectorBytes / int(sizeof(C));
 
 template <class C> static inline Vec<C> broadcast(C value) { return value - Vec<C>{}; }
@@ -75,10 +76,9 @@ static inline uint32_t to_bits(Mask<double> mask) {
 
 // The inverse of to_bits; bits above the lanes are ignored.
 template <class C> static inline Mask<C> from_bits(uint32_t bits) {
-  using Lane = decltype(Mask<C>{}[0] + 0);
   Mask<C> lane{};
-  for (int i = 0; i < kLanes<C>; ++i) lane[i] = Lane(1) << i;
-  return ((Mask<C>{} + Lane(bits)) & lane) != 0;
+  for (int i = 0; i < kLanes<C>; ++i) lane[i] = Lane<C>(1) << i;
+  return ((Mask<C>{} + Lane<C>(bits)) & lane) != 0;
 }
 
 template <class C> static inline C sum(Vec<C> v) {

@@ -6,6 +6,8 @@
 //     backward-data  g[k] += sum over j of W[j][k] d[j]
 // The weight gradient, dW[j][k] = sum over rows of d[j][row] x[row][k], has k along the lanes instead.
 // Compiled once per instruction set; everything here has internal linkage or lives in the set's namespace.
+#include <type_traits>
+
 #include "gemm.h"
 #include "kernels.h"
 #include "math/homogeneous.h"
@@ -25,7 +27,6 @@ constexpr int64_t kTileRows = 256, kTileBytes = 1 << 19;  // a tile stays in the
 
 template <class T> constexpr int64_t kAhead = 64 / sizeof(T);  // a line of the caches
 
-template <class C> using Lane = decltype(Mask<C>{}[0] + 0);
 template <class T> constexpr bool kSame = sizeof(T) == sizeof(Compute<T>);
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -223,9 +224,15 @@ void stage(const T* from, int64_t n, int64_t rows, int64_t columns, Operand<T>* 
     }
 }
 
-template <class C>
-C multiplier(const Stack& s, int64_t member) {
-  return C(s.scales ? s.scale * s.scales[member] : s.scale);
+// Where the d of a layer start, counted in panels.
+int64_t kept_panels(const Stack& s, int64_t member, int64_t layer) {
+  return (member * (s.layer_end - s.layer_begin) + layer - s.layer_begin) * panels_of(s);
+}
+
+// Adds a block's sums over its features to those of a panel.
+template <class C, int V>
+void add_sums(C* panel, const Vec<C> (&sums)[V]) {
+  for (int v = 0; v < V; ++v) store(panel + v * kLanes<C>, load(panel + v * kLanes<C>) + sums[v]);
 }
 
 template <class T, int V>
@@ -234,7 +241,7 @@ void forward_tile(const Stack& s, int64_t member, int64_t first, int64_t count, 
   const int64_t n = s.n, width = tile.width, size = tile.features * width;
   const int64_t row0 = first * width, sign_bytes = blocks_of(8, n);
   const Vec<C> p = broadcast(C(s.p)), minus_q = broadcast(C(-s.q));
-  const C scale = multiplier<C>(s, member);
+  const C scale = C(multiplier(s, member));
   const auto valid = [&](int64_t panel) { return smaller(width, s.rows - row0 - panel * width); };
   // Rows of x_l that the panel has in `inputs`.
   const auto inputs = [&](int64_t layer, int64_t panel) -> T* {
@@ -275,12 +282,10 @@ void forward_tile(const Stack& s, int64_t member, int64_t first, int64_t count, 
             sums[v] += z;
             bits[v] |= nonnegative & Lane<C>(1 << m);
           });
-          C* sum = tile.sums + panel * width;
+          add_sums<C, V>(tile.sums + panel * width, sums);
           Lane<C>* words = tile.words + panel * tile.groups * width;
-          for (int v = 0; v < V; ++v) {
-            store(sum + v * kLanes<C>, load(sum + v * kLanes<C>) + sums[v]);
+          for (int v = 0; v < V; ++v)
             if (s.signs) add_signs<C>(bits[v], j, M, words + v * kLanes<C>, width);
-          }
         });
       }
     });
@@ -341,18 +346,14 @@ void branch_gradient(const Stack& s, Compute<T> scale, const Tile<T>& tile, int6
 }
 
 // The type in which d is kept for the weight gradient.
-template <class T> struct KeptOf { using type = Compute<T>; };
-#if defined(DEPTHNET_ISA_AVX512_BF16)
-template <> struct KeptOf<bfloat16> { using type = bfloat16; };
-#endif
-template <class T> using Kept = typename KeptOf<T>::type;
+template <class T> using Kept = std::conditional_t<kTerms<T> == 2, T, Compute<T>>;
 
 template <class T, int V>
 void backward_tile(const Stack& s, int64_t member, int64_t first, int64_t count, const Tile<T>& tile) {
   using C = Compute<T>;
   const int64_t n = s.n, width = tile.width, size = tile.features * width;
   const int64_t row0 = first * width, sign_bytes = blocks_of(8, n);
-  const C scale = multiplier<C>(s, member);
+  const C scale = C(multiplier(s, member));
   const auto valid = [&](int64_t panel) { return smaller(width, s.rows - row0 - panel * width); };
 
   for (int64_t panel = 0; panel < count; ++panel) {
@@ -360,10 +361,6 @@ void backward_tile(const Stack& s, int64_t member, int64_t first, int64_t count,
     load_panel<T, V>(grad, valid(panel), n, width, tile.stream + panel * size, nullptr,
                      static_cast<T*>(nullptr));
   }
-  const auto sum_up = [&](int64_t panel, const auto& sums) {
-    C* sum = tile.sums + panel * width;
-    for (int v = 0; v < V; ++v) store(sum + v * kLanes<C>, load(sum + v * kLanes<C>) + sums[v]);
-  };
   std::memset(tile.sums, 0, size_t(count * width) * sizeof(C));
   for (int64_t begin = 0; begin < n; begin += kStage)
     for_blocks(begin, smaller(begin + kStage, n), [&](int64_t k, auto outputs) {
@@ -372,14 +369,14 @@ void backward_tile(const Stack& s, int64_t member, int64_t first, int64_t count,
         for_each<decltype(outputs)::value, V>([&](int m, int v) {
           sums[v] += load(tile.stream + panel * size + (k + m) * width + v * kLanes<C>);
         });
-        sum_up(panel, sums);
+        add_sums<C, V>(tile.sums + panel * width, sums);
       }
     });
 
   for (int64_t layer = s.layer_end - 1; layer >= s.layer_begin; --layer) {
     const T* weight = static_cast<const T*>(s.weight) + member * s.weight_member + layer * s.weight_layer;
     Kept<T>* kept = nullptr;
-    if (s.d) kept = static_cast<Kept<T>*>(s.d) + (s.kept_panels(member, layer) + first) * n * width;
+    if (s.d) kept = static_cast<Kept<T>*>(s.d) + (kept_panels(s, member, layer) + first) * n * width;
     const auto operand = [&](int64_t panel) -> Operand<T>* {
       if constexpr (kTerms<T> == 2) return tile.operand + terms<T>(panel * size);
       else return kept ? kept + panel * n * width : tile.branch + panel * size;
@@ -421,7 +418,7 @@ void backward_tile(const Stack& s, int64_t member, int64_t first, int64_t count,
                 store(stream, g[m][v]);
                 sums[v] += g[m][v];
               });
-              if (j + length == n) sum_up(panel, sums);
+              if (j + length == n) add_sums<C, V>(tile.sums + panel * width, sums);
             });
         });
       }
@@ -446,8 +443,8 @@ void pass(const Stack& s, int64_t begin, int64_t end, void* workspace) {
   const Tile<T> tile(s, cut);
   const int64_t most = tile_panels(s, sizeof(Compute<T>));
   while (begin < end) {
-    const int64_t member = begin / s.panels(), first = begin % s.panels();
-    const int64_t count = smaller(smaller(end - begin, s.panels() - first), most);
+    const int64_t member = begin / panels_of(s), first = begin % panels_of(s);
+    const int64_t count = smaller(smaller(end - begin, panels_of(s) - first), most);
     with_count<kVectors>(s.panel / kLanes<Compute<T>>, [&](auto vectors) {
       if constexpr (Forward) forward_tile<T, decltype(vectors)::value>(s, member, first, count, tile);
       else backward_tile<T, decltype(vectors)::value>(s, member, first, count, tile);
@@ -478,8 +475,8 @@ void weight_strip(const Stack& s, int64_t member, int64_t layer, int64_t column,
   const T* x = static_cast<const T*>(s.inputs) + member * s.inputs_member + layer * s.rows * n + column;
   T* out = static_cast<T*>(s.weight_grad) + member * s.weight_grad_member + layer * n * n + column;
   const auto* d = static_cast<const Operand<T>*>(s.d);
-  d += terms<T>(s.kept_panels(member, layer) * n * width);
-  const int64_t chunk = (blocks_of(width, kRowChunk)) * width;
+  d += terms<T>(kept_panels(s, member, layer) * n * width);
+  const int64_t chunk = blocks_of(width, kRowChunk) * width;
 
   for (int64_t row0 = 0; row0 < s.rows || row0 == 0; row0 += chunk) {
     const int64_t rows = smaller(chunk, s.rows - row0);
@@ -533,7 +530,7 @@ int64_t workspace(const Stack& s) {
 
 template <class T>
 constexpr StackKernel kernel() {
-  return {kLanes<Compute<T>>, kVectors, int(sizeof(T)), int(sizeof(Kept<T>)), workspace<T>,
+  return {kLanes<Compute<T>>, kVectors, kOutputs, int(sizeof(T)), int(sizeof(Kept<T>)), workspace<T>,
           pass<T, true>, pass<T, false>, backward_weight<T>};
 }
 

@@ -78,12 +78,12 @@ void stack_forward(const StackKernel& kernel, Stack s, int threads) {
   }
   const int64_t bytes = kernel.workspace(s);
   const Scratch scratch(bytes * threads);
-  run(kernel.forward, s, s.members * s.panels(), scratch.get(), bytes, threads);
+  run(kernel.forward, s, s.members * panels_of(s), scratch.get(), bytes, threads);
 }
 
 void stack_backward(const StackKernel& kernel, Stack s, int threads) {
   s.panel = panel_rows(kernel, s, threads);
-  const int64_t depth = s.layer_end, panels = s.members * s.panels(), bytes = kernel.workspace(s);
+  const int64_t depth = s.layer_end, panels = s.members * panels_of(s), bytes = kernel.workspace(s);
   const int64_t layer_bytes = s.weight_grad ? panels * s.n * s.panel * kernel.kept_bytes : 0;
   const int64_t segment = layer_bytes ? std::clamp(kKeptBytes / layer_bytes, int64_t(1), depth) : depth;
   const Scratch scratch(bytes * threads + segment * layer_bytes);
@@ -100,7 +100,8 @@ void stack_backward(const StackKernel& kernel, Stack s, int threads) {
     // Enough tasks for all threads, also where there are few layers.
     const int64_t strip = int64_t(kernel.lanes) * kernel.most_vectors;
     const int64_t strips = s.members * (s.layer_end - s.layer_begin) * ((s.n + strip - 1) / strip);
-    s.shares = std::clamp((4 * threads + strips - 1) / strips, int64_t(1), (s.n + 5) / 6);
+    const int64_t blocks = (s.n + kernel.outputs - 1) / kernel.outputs;
+    s.shares = std::clamp((4 * threads + strips - 1) / strips, int64_t(1), blocks);
     run(kernel.backward_weight, s, strips * s.shares, scratch.get(), bytes, threads);
   }
 }

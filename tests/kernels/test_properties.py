@@ -8,18 +8,14 @@ deeper stack, a population and a checkpointed pass give the bits of their layers
 import itertools
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
-from cases import BACKENDS, grads
+from cases import grads, native
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from depthnet import kernels
 from depthnet.kernels.reference import slope, stream_dtype, subtract_mean, unpack_signs
 
-native = pytest.mark.parametrize(
-    "backend", [name for name in BACKENDS if name != "reference"], indirect=True
-)
 repeatable = settings(
     derandomize=True,
     database=None,

@@ -8,13 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import BACKENDS, cpu_isas, grads
+from cases import cpu_isas, grads, native
 
 from depthnet import kernels, optim
-
-native = pytest.mark.parametrize(
-    "backend", [name for name in BACKENDS if name != "reference"], indirect=True
-)
 
 
 @pytest.fixture
