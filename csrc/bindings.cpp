@@ -7,9 +7,11 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/optimizer_driver.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/stack_driver.h"
+#include "describe.h"
 
 namespace py = pybind11;
 
@@ -108,55 +110,13 @@ void residual_stack_backward(int dtype, int64_t members, int64_t depth, int64_t 
   stack_backward(selected->residual_stack[dtype], s, threads);
 }
 
-// A row of the tables below: the tensors of one parameter and how it is cut into slices.
-struct Parameter {
-  int64_t param, grad, state0, state1;  // addresses; 0 for none
-  int64_t size, slices;
-};
-
-// Elements a chunk: small enough to share out evenly, large enough to outweigh its constants.
-constexpr int64_t kChunk = 16384;
-
-// Runs `kernel` over all slices of all parameters.  `steps` has an entry for each parameter, the tables
-// of rates have one for each slice; `steps` and `eps` may be null.
-void run_step(StepKernel kernel, const Parameter* parameters, int64_t count, const double* steps,
-              const double* lr, const double* eps, const double* weight_decay,
-              const StepOptions& options, int threads) {
+// `count` rows of StepTensor, scales (3, slices) and the rows of StepGroup that they refer to.
+void optimizer_step(const std::string& rule, uintptr_t tensors, int64_t count, uintptr_t scales,
+                    int64_t slices, uintptr_t groups, double grad_scale, double max_norm, int threads) {
+  const StepTables tables = {address<const StepTensor>(tensors), count, address<const double>(scales), slices,
+                             address<const StepGroup>(groups)};
   py::gil_scoped_release nogil;
-  std::vector<Chunk> chunks;
-  int64_t slice = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const Parameter& t = parameters[i];
-    const int64_t length = t.slices ? t.size / t.slices : 0;
-    for (int64_t s = 0; s < t.slices; ++s, ++slice)
-      for (int64_t begin = s * length, end = begin + length; begin < end; begin += kChunk)
-        chunks.push_back({address<void>(t.param), address<void>(t.grad),
-                          {address<void>(t.state0), address<void>(t.state1)},
-                          begin, std::min(begin + kChunk, end), lr[slice], eps ? eps[slice] : 0,
-                          weight_decay[slice], steps ? steps[i] : 0});
-  }
-  parallel_for(threads, int64_t(chunks.size()), 1, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) kernel(chunks[size_t(i)], options);
-  });
-}
-
-void adamw_step(int dtype, uintptr_t parameters, int64_t count, uintptr_t steps, uintptr_t lr,
-                uintptr_t eps, uintptr_t weight_decay, double beta1, double beta2, bool decoupled, int threads) {
-  StepOptions options{};
-  options.beta1 = beta1, options.beta2 = beta2, options.decoupled = decoupled;
-  run_step(selected->adamw_step[dtype], address<const Parameter>(parameters), count,
-           address<const double>(steps), address<const double>(lr), address<const double>(eps),
-           address<const double>(weight_decay), options, threads);
-}
-
-void sgd_step(int dtype, uintptr_t parameters, int64_t count, uintptr_t lr, uintptr_t weight_decay,
-              double momentum, double dampening, bool nesterov, bool decoupled, int threads) {
-  StepOptions options{};
-  options.momentum = momentum, options.dampening = dampening;
-  options.nesterov = nesterov, options.decoupled = decoupled;
-  run_step(selected->sgd_step[dtype], address<const Parameter>(parameters), count,
-           nullptr, address<const double>(lr), nullptr, address<const double>(weight_decay), options,
-           threads);
+  (rule == "adam" ? adam_step : sgd_step)(*selected, tables, grad_scale, max_norm, threads);
 }
 
 }  // namespace
@@ -189,8 +149,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("residual_backward", &residual_backward);
   m.def("residual_stack_forward", &residual_stack_forward);
   m.def("residual_stack_backward", &residual_stack_backward);
-  m.def("adamw_step", &adamw_step);
-  m.def("sgd_step", &sgd_step);
+  m.def("optimizer_step", &optimizer_step);
+  m.def("describe", &describe);
+  m.def("use_exchange_api", &use_exchange_api);
   m.def("fma_peak", &fma_peak);
 }
 

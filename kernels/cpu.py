@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
-import torch  # before _C: its OpenMP threads are the ones that the kernels run on
+import torch
 from torch import Tensor
 
-import depthnet
-from depthnet._checks import one_of
+from depthnet.kernels.native import _C, MISSING
 from depthnet.kernels.reference import sign_bytes, stream_dtype
-
-try:
-    from depthnet import _C
-except ImportError as error:
-    left_out = Path(depthnet.__path__[0]) / "_C_left_out.txt"  # written by setup.py
-    _C, MISSING = None, left_out.read_text().strip() if left_out.exists() else str(error)
-else:
-    wanted = os.environ.get("DEPTHNET_CPU_ISA") or _C.isas()[-1]
-    _C.select_isa(one_of("DEPTHNET_CPU_ISA", wanted, _C.isas()))
-
-# The order of the kernel tables in csrc/cpu/kernels.h.
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+from depthnet.kernels.step import DTYPES, StepTables
 
 
 def unsupported(op: str, *tensors: Tensor) -> list[str]:
@@ -36,11 +21,6 @@ def unsupported(op: str, *tensors: Tensor) -> list[str]:
         if tensor.device.type != "cpu":
             reasons.append(f"a tensor is on {tensor.device}")
             break
-    if op.endswith("step_") and tensors:
-        if any(tensor.dtype != tensors[0].dtype for tensor in tensors):
-            reasons.append("the tensors differ in dtype")
-        if not all(tensor.is_contiguous() for tensor in tensors):
-            reasons.append("a tensor is not contiguous")
     return reasons
 
 
@@ -158,60 +138,13 @@ def _layers(weight: Tensor) -> tuple[int, int, int]:
     return weight.data_ptr(), weight.stride(0), weight.stride(1)
 
 
-def _parameters(
-    params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], leading: list[int]
-) -> Tensor:
-    """The table of csrc/bindings.cpp: a row of addresses and sizes for each parameter."""
-    columns = [[tensor.data_ptr() for tensor in tensors] for tensors in (params, grads, *states)]
-    columns += [[0] * len(params)] * (2 - len(states))
-    columns += [[param.numel() for param in params]]
-    columns += [[param.shape[:dims].numel() for param, dims in zip(params, leading, strict=True)]]
-    return torch.tensor(list(zip(*columns, strict=True)), dtype=torch.int64, device="cpu")
-
-
-def adamw_step_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    lr: Tensor,
-    eps: Tensor,
-    weight_decay: Tensor,
-    leading: list[int],
-    beta1: float,
-    beta2: float,
-    decoupled: bool,
-) -> None:
-    torch._foreach_add_(steps, 1)
-    counts = torch.tensor([step.item() for step in steps], dtype=torch.float64, device="cpu")
-    table = _parameters(params, grads, [exp_avgs, exp_avg_sqs], leading)
-    rates = [rate.contiguous() for rate in (lr, eps, weight_decay)]
-    _C.adamw_step(
-        DTYPES[params[0].dtype],
-        *(table.data_ptr(), len(params), counts.data_ptr(), *(rate.data_ptr() for rate in rates)),
-        *(beta1, beta2, decoupled, torch.get_num_threads()),
+def optimizer_step_(tables: StepTables) -> None:
+    if tables.found_inf is not None and tables.found_inf.item():
+        return
+    grad_scale = 1.0 if tables.grad_scale is None else tables.grad_scale.item()
+    max_norm = torch.inf if tables.max_grad_norm is None else tables.max_grad_norm
+    _C.optimizer_step(
+        *(tables.rule, tables.tensors.ctypes.data, len(tables.tensors)),
+        *(tables.scales.data_ptr(), tables.scales.shape[1], tables.groups.ctypes.data),
+        *(grad_scale, max_norm, torch.get_num_threads()),
     )
-    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
-
-
-def sgd_step_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
-    lr: Tensor,
-    weight_decay: Tensor,
-    leading: list[int],
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-    decoupled: bool,
-) -> None:
-    table = _parameters(params, grads, [momentum_buffers] if momentum_buffers else [], leading)
-    rates = [rate.contiguous() for rate in (lr, weight_decay)]
-    _C.sgd_step(
-        DTYPES[params[0].dtype],
-        *(table.data_ptr(), len(params), *(rate.data_ptr() for rate in rates)),
-        *(momentum, dampening, nesterov, decoupled, torch.get_num_threads()),
-    )
-    torch.autograd.graph.increment_version([*params, *momentum_buffers])

@@ -7,7 +7,7 @@ the backward pass has the same layout in every backend.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -68,15 +68,21 @@ def backends() -> list[BackendStatus]:
     return status
 
 
-def select(op: str, *tensors: Tensor):
-    """The module of the backend that runs `op` on these tensors."""
-    names = BACKENDS if _choice == "auto" else [_choice]
-    for name in names:
-        if not BACKENDS[name].unsupported(op, *tensors):
+def select(op: str, *tensors: Tensor, native_reasons: Sequence[str] = ()):
+    """The module of the backend that runs `op` on these tensors.
+
+    `native_reasons` say why only the reference can.
+    """
+
+    def unsupported(name: str) -> list[str]:
+        own = BACKENDS[name].unsupported(op, *tensors)
+        return own if name == "reference" else [*own, *native_reasons]
+
+    for name in BACKENDS if _choice == "auto" else [_choice]:
+        if not unsupported(name):
             return BACKENDS[name]
     reasons = "".join(
-        f"\n  {name}: {'; '.join(backend.unsupported(op, *tensors)) or 'can run it'}"
-        for name, backend in BACKENDS.items()
+        f"\n  {name}: {'; '.join(unsupported(name)) or 'can run it'}" for name in BACKENDS
     )
     raise RuntimeError(f"backend {_choice!r} was asked for and cannot run {op}:{reasons}")
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from depthnet.kernels.step import StepTables
+
 
 def unsupported(op: str, *tensors: Tensor) -> list[str]:
     return []
@@ -151,76 +153,114 @@ def residual_stack_backward(
     return g.to(grad.dtype)
 
 
-def adamw_step_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    lr: Tensor,
-    eps: Tensor,
-    weight_decay: Tensor,
-    leading: list[int],
-    beta1: float,
-    beta2: float,
-    decoupled: bool,
-) -> None:
-    """One Adam step, in place; see `depthnet.kernels.adamw_step_`."""
-    rates = per_tensor(params, leading, lr, eps, weight_decay)
-    tensors = zip(params, grads, exp_avgs, exp_avg_sqs, steps, rates, strict=True)
-    for param, grad, m, v, step, (tensor_lr, tensor_eps, decay) in tensors:
+def optimizer_step_(tables: StepTables) -> None:
+    """One step of Adam or SGD, in place; see `depthnet.kernels.adamw_step_` and `sgd_step_`.
+
+    With `found_inf` it waits for the device.
+    """
+    if tables.found_inf is not None and tables.found_inf.item():
+        return
+    grads = tables.columns["grad"]
+    factor = torch.ones((), dtype=torch.float64, device=tables.scales.device)
+    if tables.grad_scale is not None:
+        factor = factor / tables.grad_scale.double().reshape(())
+    if tables.max_grad_norm is not None:
+        norms = [torch.linalg.vector_norm(g, dtype=stream_dtype(g.dtype)) for g in grads]
+        norm = torch.stack([each.double() for each in norms]).norm() * factor
+        factor = factor * (tables.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+    update = _adam if tables.rule == "adam" else _sgd
+    first_slice = 0
+    for index, param in enumerate(tables.params):
+        row = {name: column[index] for name, column in tables.columns.items()}
+        group = tables.groups[tables.group[index]]
+        dims = tables.leading[index]
+        end = first_slice + tables.slices[index]
+        scales = tables.scales[:, first_slice:end]
+        lr, eps, decay = scales.reshape(3, *param.shape[:dims], *[1] * (param.ndim - dims))
+        lr = lr * tables.lrs.get(tables.group[index], group["lr"])
+        rates = lr, eps * group["eps"], decay * group["weight_decay"]
+        first_slice = end
+
         dtype = stream_dtype(param.dtype)
-        step += 1
-        t = step.to(param.device, torch.float64)
-        bias1, bias2 = 1 - beta1**t, 1 - beta2**t
-        p, g = param.to(dtype), grad.to(dtype)
-        if decoupled:
-            p = p * (1 - tensor_lr * decay).to(dtype)
-        else:
-            g = g + decay.to(dtype) * p
-        new_m = torch.lerp(m.to(dtype), g, 1 - beta1)
-        new_v = beta2 * v.to(dtype) + (1 - beta2) * g * g
-        denominator = new_v.sqrt() / bias2.sqrt().to(dtype) + tensor_eps.to(dtype)
-        param.copy_(p - (tensor_lr / bias1).to(dtype) * (new_m / denominator))
-        m.copy_(new_m)
-        v.copy_(new_v)
+        p = (param if row["master"] is None else row["master"]).to(dtype)
+        g = row["grad"].to(dtype) * (-factor if group["maximize"] else factor).to(dtype)
+        if row["step"] is not None:
+            row["step"] += 1
+        p = update(p, g, row, group, rates, tables.fresh[index])
+        if row["master"] is not None:
+            row["master"].copy_(p)
+        elif tables.rounding[index]:
+            p = _round_stochastically(p, param.dtype, tables.rounding[index], row["step"])
+        param.copy_(p)
 
 
-def sgd_step_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
-    lr: Tensor,
-    weight_decay: Tensor,
-    leading: list[int],
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-    decoupled: bool,
-) -> None:
-    """One SGD step, in place; see `depthnet.kernels.sgd_step_`."""
-    buffers = momentum_buffers or [None] * len(params)
-    rates = per_tensor(params, leading, lr, weight_decay)
-    for param, grad, buffer, (tensor_lr, decay) in zip(params, grads, buffers, rates, strict=True):
-        dtype = stream_dtype(param.dtype)
-        p, g = param.to(dtype), grad.to(dtype)
-        if decoupled:
-            p = p * (1 - tensor_lr * decay).to(dtype)
-        else:
-            g = g + decay.to(dtype) * p
-        if buffer is not None:
-            new_buffer = momentum * buffer.to(dtype) + (1 - dampening) * g
-            buffer.copy_(new_buffer)
-            g = g + momentum * new_buffer if nesterov else new_buffer
-        param.copy_(p - tensor_lr.to(dtype) * g)
+def _adam(
+    p: Tensor, g: Tensor, row: dict, group, rates: tuple[Tensor, Tensor, Tensor], fresh: bool
+) -> Tensor:
+    """The new parameter; updates the moments."""
+    lr, eps, decay = rates
+    m, v, greatest = row["state0"], row["state1"], row["state2"]
+    beta1, beta2 = float(group["beta1"]), float(group["beta2"])
+    t = row["step"].to(p.device, torch.float64)
+    bias1, bias2 = 1 - beta1**t, 1 - beta2**t
+    p, g = _decayed(p, g, group, lr, decay)
+    new_m = torch.lerp(m.to(p.dtype), g, 1 - beta1)
+    new_v = beta2 * v.to(p.dtype) + (1 - beta2) * g * g
+    m.copy_(new_m)
+    v.copy_(new_v)
+    if greatest is not None:
+        new_v = torch.maximum(greatest.to(p.dtype), new_v)
+        greatest.copy_(new_v)
+    denominator = new_v.sqrt() / bias2.sqrt().to(p.dtype) + eps.to(p.dtype)
+    return p - (lr / bias1).to(p.dtype) * (new_m / denominator)
 
 
-def per_tensor(params: list[Tensor], leading: list[int], *tables: Tensor):
-    """Cut tables with one entry per slice into factors that broadcast against each tensor."""
-    start = 0
-    for param, dims in zip(params, leading, strict=True):
-        lead = param.shape[:dims]
-        shape = (*lead, *[1] * (param.ndim - dims))
-        end = start + lead.numel()
-        yield tuple(table[start:end].reshape(shape) for table in tables)
-        start = end
+def _sgd(
+    p: Tensor, g: Tensor, row: dict, group, rates: tuple[Tensor, Tensor, Tensor], fresh: bool
+) -> Tensor:
+    """The new parameter; updates the momentum buffer."""
+    lr, _, decay = rates
+    buffer = row["state0"]
+    momentum, dampening = float(group["beta1"]), float(group["beta2"])
+    p, g = _decayed(p, g, group, lr, decay)
+    if buffer is not None:
+        new_buffer = momentum * buffer.to(p.dtype) + (1.0 if fresh else 1 - dampening) * g
+        buffer.copy_(new_buffer)
+        g = g + momentum * new_buffer if group["nesterov"] else new_buffer
+    return p - lr.to(p.dtype) * g
+
+
+def _decayed(p: Tensor, g: Tensor, group, lr: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Parameter and gradient after weight decay."""
+    if group["decoupled"]:
+        return p * (1 - lr * decay).to(p.dtype), g
+    return p, g + decay.to(p.dtype) * p if group["weight_decay"] else g
+
+
+def _round_stochastically(p: Tensor, dtype: torch.dtype, rounding: int, step: Tensor) -> Tensor:
+    """float32 p rounded to `dtype` up or down, in expectation to p itself, with bits that depend on
+    (rounding, step, element) only; csrc/math/step.h says which."""
+
+    def scramble(x: Tensor) -> Tensor:  # 32-bit arithmetic in int64
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+        x = x ^ (x >> 15)
+        low, high = x & 0xFFFF, x >> 16  # the product of 32 by 32 bits would overflow
+        x = (low * 0x846CA68B + ((high * 0x846CA68B & 0xFFFF) << 16)) & 0xFFFFFFFF
+        return x ^ (x >> 16)
+
+    element = torch.arange(p.numel(), device=p.device).reshape(p.shape)
+    key = scramble(torch.tensor(rounding, device=p.device)) ^ step.to(p.device, torch.int64)
+    key = scramble(scramble(key) ^ (element >> 32))
+    bits = scramble(scramble(element & 0xFFFFFFFF) ^ key)
+
+    word = p.contiguous().view(torch.int32)
+    if dtype == torch.bfloat16:
+        moved = ((word + (bits >> 16).to(torch.int32)) & -0x10000).view(torch.float32)
+    else:
+        _, exponent = torch.frexp(p.abs())  # p = fraction * 2^exponent, fraction in [0.5, 1)
+        last = torch.ldexp(torch.ones_like(p), exponent.sub(1).clamp(min=-14) - 10)
+        moved = p.abs() + (bits >> 19).to(p.dtype) * 2**-13 * last
+        normal = (moved.view(torch.int32) & -0x2000).view(torch.float32)
+        subnormal = (moved * 2**24).trunc() * 2**-24
+        moved = torch.where(moved < 2**-14, subnormal, normal).copysign(p)
+    return torch.where(p.isfinite(), moved, p)

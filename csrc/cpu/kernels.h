@@ -3,10 +3,10 @@
 
 #include <cstdint>
 
-namespace depthnet {
+#include "math/adam.h"
+#include "math/sgd.h"
 
-// Storage types, in the order of the kernel tables.
-enum DType { kFloat32, kFloat64, kBFloat16, kFloat16, kDTypes };
+namespace depthnet {
 
 // y = x + scale * (phi(h) - mean(phi(h))) over rows of n elements, and its backward pass.
 // A tensor is `members` blocks of `rows` contiguous rows; a stride, in elements, separates blocks.
@@ -72,22 +72,22 @@ struct StackKernel {
   StackPass forward, backward_data, backward_weight;
 };
 
-// A run of elements that share their rates, within one tensor.  Offsets are in elements.
-struct Chunk {
+// A run of elements of one tensor that share their constants: StepTensor's addresses, and the elements
+// begin .. end, which all have the same `element / 2^32`.
+struct StepRun {
   void* param;
   const void* grad;
-  void* state[2];  // Adam: exp_avg, exp_avg_sq; SGD: momentum buffer or null
+  void* state[3];
+  void* master;
   int64_t begin, end;
-  double lr, eps, weight_decay, step;  // step: after this step, from 1 (Adam)
+  bool nesterov;          // SGD
+  bool stochastic;        // rounding, with the bits of rounding_key
+  uint32_t rounding_key;
 };
 
-struct StepOptions {
-  double beta1, beta2;                   // Adam
-  double momentum, dampening;            // SGD
-  bool nesterov, decoupled;
-};
-
-using StepKernel = void (*)(const Chunk&, const StepOptions&);
+using AdamKernel = void (*)(const StepRun&, const AdamConstants<double>&);
+using SgdKernel = void (*)(const StepRun&, const SgdConstants<double>&);
+using SquaresKernel = double (*)(const StepRun&);  // the sum of squares of the gradient
 
 // A loop of float multiply-adds, and how many operations an iteration is (a multiply-add being two).
 struct PeakKernel {
@@ -100,8 +100,9 @@ struct Isa {
   const ResidualKernel* residual_forward;   // each an array over the dtypes
   const ResidualKernel* residual_backward;
   const StackKernel* residual_stack;
-  const StepKernel* adamw_step;
-  const StepKernel* sgd_step;
+  const AdamKernel* adam_step;
+  const SgdKernel* sgd_step;
+  const SquaresKernel* squares;
   const PeakKernel* peak;
 };
 
@@ -110,8 +111,9 @@ struct Isa {
   extern const ResidualKernel residual_forward[kDTypes];       \
   extern const ResidualKernel residual_backward[kDTypes];      \
   extern const StackKernel residual_stack[kDTypes];            \
-  extern const StepKernel adamw_step[kDTypes];                 \
-  extern const StepKernel sgd_step[kDTypes];                   \
+  extern const AdamKernel adam_step[kDTypes];                  \
+  extern const SgdKernel sgd_step[kDTypes];                    \
+  extern const SquaresKernel squares[kDTypes];                 \
   extern const PeakKernel peak;                                \
   }
 DEPTHNET_DECLARE_ISA(baseline)

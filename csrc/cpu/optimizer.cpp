@@ -1,92 +1,104 @@
-// Optimizer steps on the CPU: one pass over a chunk's memory.  Compiled once per instruction set;
+// Optimizer steps on the CPU: one pass over a run's memory.  Compiled once per instruction set;
 // everything here has internal linkage or lives in the set's namespace.
 #include "kernels.h"
-#include "math/optimizer.h"
+#include "math/adam.h"
+#include "math/sgd.h"
 #include "simd.h"
 
 namespace depthnet {
 namespace DEPTHNET_ISA {
 namespace {
 
-// Calls step(p, g, s0, s1) on pointers to kStep elements of the parameter, its gradient and its
-// `States` state tensors, for each step of a chunk.
-template <class T, int States, class Step>
-void for_each_step(const Chunk& c, const Step& step) {
-  T* param = static_cast<T*>(c.param);
-  const T* grad = static_cast<const T*>(c.grad);
-  T* s0 = static_cast<T*>(c.state[0]);
-  T* s1 = static_cast<T*>(c.state[1]);
-  int64_t i = c.begin;
-  for (; i + kStep <= c.end; i += kStep)
-    step(param + i, grad + i, States > 0 ? s0 + i : nullptr, States > 1 ? s1 + i : nullptr);
-  if (const int64_t rest = c.end - i) {
-    const size_t bytes = size_t(rest) * sizeof(T);
-    Padded<T> p(param + i, rest), g(grad + i, rest);
-    Padded<T> a(States > 0 ? s0 + i : param + i, rest), b(States > 1 ? s1 + i : param + i, rest);
-    step(p.values, g.values, a.values, b.values);
-    std::memcpy(param + i, p.values, bytes);
-    if (States > 0) std::memcpy(s0 + i, a.values, bytes);
-    if (States > 1) std::memcpy(s1 + i, b.values, bytes);
-  }
+template <class C> Word element_numbers() {
+  Word numbers{};
+  for (int i = 0; i < kLanes<C>; ++i) numbers[i] = uint32_t(i);
+  return numbers;
 }
 
-double power(double base, double exponent) { return __builtin_pow(base, exponent); }
-
-template <class T, class C = Compute<T>>
-void adamw(const Chunk& c, const StepOptions& o) {
-  const AdamConstants<Vec<C>> constants = {
-      broadcast(C(o.decoupled ? 1 - c.lr * c.weight_decay : 1)),
-      broadcast(C(o.decoupled ? 0 : c.weight_decay)),
-      broadcast(C(1 - o.beta1)),
-      broadcast(C(o.beta2)),
-      broadcast(C(1 - o.beta2)),
-      broadcast(C(1 / __builtin_sqrt(1 - power(o.beta2, c.step)))),
-      broadcast(C(c.lr / (1 - power(o.beta1, c.step)))),
-      broadcast(C(c.eps)),
-  };
-  const auto root = [](Vec<C> v) { return square_root(v); };
-  for_each_step<T, 2>(c, [&](T* param, const T* grad, T* exp_avg, T* exp_avg_sq) {
-    for (int i = 0; i < kStep; i += kLanes<C>) {
-      Vec<C> p = load(param + i), m = load(exp_avg + i), v = load(exp_avg_sq + i);
-      adam_update(p, load(grad + i), m, v, constants, root);
-      store(param + i, p);
-      store(exp_avg + i, m);
-      store(exp_avg_sq + i, v);
-    }
-  });
-}
-
-template <class T, class C = Compute<T>>
-void sgd(const Chunk& c, const StepOptions& o) {
-  const SgdConstants<Vec<C>> constants = {
-      broadcast(C(o.decoupled ? 1 - c.lr * c.weight_decay : 1)),
-      broadcast(C(o.decoupled ? 0 : c.weight_decay)),
-      broadcast(C(o.momentum)),
-      broadcast(C(1 - o.dampening)),
-      broadcast(C(c.lr)),
-  };
-  if (!c.state[0])
-    return for_each_step<T, 0>(c, [&](T* param, const T* grad, T*, T*) {
-      for (int i = 0; i < kStep; i += kLanes<C>) {
-        Vec<C> p = load(param + i);
-        sgd_update(p, load(grad + i), constants);
-        store(param + i, p);
+// Calls update(p, g, states) on vectors of the parameter, its gradient and its `States` state tensors, for all
+// elements of a run.
+template <class T, int States, class Update, class C = Compute<T>>
+void for_each_vector(const StepRun& r, const Update& update) {
+  T* const param = static_cast<T*>(r.param);
+  const T* const grad = static_cast<const T*>(r.grad);
+  C* const master = static_cast<C*>(r.master);
+  const auto step = [&](int64_t i, int64_t count) {
+    Vec<C> p = master ? load_some(master + i, count) : load_some(param + i, count);
+    const Vec<C> g = load_some(grad + i, count);
+    Vec<C> states[States + 1];
+    for (int s = 0; s < States; ++s) states[s] = load_some(static_cast<C*>(r.state[s]) + i, count);
+    update(p, g, states);
+    for (int s = 0; s < States; ++s) store_some(static_cast<C*>(r.state[s]) + i, states[s], count);
+    if (master) store_some(master + i, p, count);
+    if constexpr (sizeof(T) == 2) {
+      if (r.stochastic) {
+        const Word bits = rounding_bits(element_numbers<C>() + uint32_t(i), r.rounding_key);
+        return store_some_stochastically(param + i, p, bits, count);
       }
-    });
-  for_each_step<T, 1>(c, [&](T* param, const T* grad, T* buffer, T*) {
-    for (int i = 0; i < kStep; i += kLanes<C>) {
-      Vec<C> p = load(param + i), b = load(buffer + i);
-      sgd_update(p, load(grad + i), b, o.nesterov, constants);
-      store(param + i, p);
-      store(buffer + i, b);
     }
+    store_some(param + i, p, count);
+  };
+  int64_t i = r.begin;
+  for (; i + kLanes<C> <= r.end; i += kLanes<C>) step(i, kLanes<C>);
+  if (i < r.end) step(i, r.end - i);
+}
+
+template <class C, template <class> class Constants>
+Constants<Vec<C>> in_lanes(const Constants<double>& c) {
+  return map(c, [](double value) { return broadcast(C(value)); });
+}
+
+template <class T, class C = Compute<T>>
+void adam(const StepRun& r, const AdamConstants<double>& scalars) {
+  const AdamConstants<Vec<C>> c = in_lanes<C>(scalars);
+  const auto root = [](Vec<C> v) { return square_root(v); };
+  if (r.state[2])
+    return for_each_vector<T, 3>(r, [&](Vec<C>& p, Vec<C> g, Vec<C>* s) {
+      adam_moments(p, g, s[0], s[1], c);
+      s[2] = adam_greatest(s[2], s[1]);
+      p = adam_moved(p, s[0], s[2], c, root);
+    });
+  for_each_vector<T, 2>(r, [&](Vec<C>& p, Vec<C> g, Vec<C>* s) {
+    adam_moments(p, g, s[0], s[1], c);
+    p = adam_moved(p, s[0], s[1], c, root);
   });
+}
+
+template <class T, class C = Compute<T>>
+void sgd(const StepRun& r, const SgdConstants<double>& scalars) {
+  const SgdConstants<Vec<C>> c = in_lanes<C>(scalars);
+  if (!r.state[0])
+    return for_each_vector<T, 0>(r, [&](Vec<C>& p, Vec<C> g, Vec<C>*) {
+      p = sgd_moved(p, sgd_gradient(p, g, c), c);
+    });
+  for_each_vector<T, 1>(r, [&](Vec<C>& p, Vec<C> g, Vec<C>* s) {
+    p = sgd_moved(p, sgd_momentum(sgd_gradient(p, g, c), s[0], r.nesterov, c), c);
+  });
+}
+
+template <class T, class C = Compute<T>>
+double sum_of_squares(const StepRun& r) {
+  const T* const grad = static_cast<const T*>(r.grad);
+  Vec<C> sums[4] = {};
+  int64_t i = r.begin;
+  for (; i + 4 * kLanes<C> <= r.end; i += 4 * kLanes<C>)
+    for (int j = 0; j < 4; ++j) {
+      const Vec<C> g = load(grad + i + j * kLanes<C>);
+      sums[j] += g * g;
+    }
+  for (; i < r.end; i += kLanes<C>) {
+    const Vec<C> g = load_some(grad + i, r.end - i);
+    sums[0] += g * g;
+  }
+  return double(sum<C>((sums[0] + sums[1]) + (sums[2] + sums[3])));
 }
 
 }  // namespace
 
-const StepKernel adamw_step[kDTypes] = {adamw<float>, adamw<double>, adamw<bfloat16>, adamw<float16>};
-const StepKernel sgd_step[kDTypes] = {sgd<float>, sgd<double>, sgd<bfloat16>, sgd<float16>};
+const AdamKernel adam_step[kDTypes] = {adam<float>, adam<double>, adam<bfloat16>, adam<float16>};
+const SgdKernel sgd_step[kDTypes] = {sgd<float>, sgd<double>, sgd<bfloat16>, sgd<float16>};
+const SquaresKernel squares[kDTypes] = {sum_of_squares<float>, sum_of_squares<double>,
+                                        sum_of_squares<bfloat16>, sum_of_squares<float16>};
 
 }  // namespace DEPTHNET_ISA
 }  // namespace depthnet

@@ -247,6 +247,36 @@ template <class T> static inline void store_some(T* to, Vec<Compute<T>> v, int64
   std::memcpy(to, values, size_t(count) * sizeof(T));
 }
 
+// Rounded up with the probability that leaves the expectation unchanged (to 16 bits for bfloat16, 13 for
+// float16): random bits are added below the last bit that is kept, and what is below it is dropped.  NaN and
+// infinities are stored as ever.
+static inline void store_stochastically(bfloat16* to, Vec<float> v, Word random) {
+  const Word magnitude = (Word)v & 0x7fffffff;
+  const Word moved = ((Word)v + (random >> 16)) >> 16;
+  narrow(&to->bits, magnitude < 0x7f800000 ? moved : to_bfloat16(v));
+}
+static inline void store_stochastically(float16* to, Vec<float> v, Word random) {
+  const Word sign = (Word)v & 0x80000000u, magnitude = (Word)v ^ sign;
+  // The last bit of the half, 2^(e-10), is a power of two: so is the exponent alone, e >= -14.
+  Word exponent = magnitude & 0x7f800000;
+  exponent = exponent < (113u << 23) ? Word{} + (113u << 23) : exponent;
+  const Vec<float> last = (Vec<float>)(exponent - (10u << 23));
+  const Vec<float> fraction = __builtin_convertvector(random >> 19, Vec<float>) * 0x1p-13f;
+  const Vec<float> moved = (Vec<float>)magnitude + fraction * last;
+  // Towards zero: normal halves drop 13 bits, subnormal ones are multiples of 2^-24.
+  const Vec<float> steps =
+      __builtin_convertvector(__builtin_convertvector(moved * 0x1p24f, VectorOf<float>::mask), Vec<float>);
+  const Word dropped = moved < 0x1p-14f ? (Word)(steps * 0x1p-24f) : (Word)moved & 0xffffe000u;
+  store(to, (Vec<float>)((magnitude < 0x7f800000 ? dropped : magnitude) | sign));
+}
+template <class T>
+static inline void store_some_stochastically(T* to, Vec<float> v, Word random, int64_t count) {
+  if (count >= kLanes<float>) return store_stochastically(to, v, random);
+  T values[kLanes<float>];
+  store_stochastically(values, v, random);
+  std::memcpy(to, values, size_t(count) * sizeof(T));
+}
+
 // Lane i of the result is lane i of a where i has no bit Half, and lane i - Half of b where it has; or, for
 // the second, lane i + Half of a, and lane i of b.
 template <int Half, class C, int... I> struct Exchange {

@@ -201,7 +201,7 @@ class ResNet(nn.Module):
 
     def param_groups(self, optimizer: str) -> list[dict]:
         """The groups `input`, `hidden` and `output` with their lr_scale, eps_scale, weight_decay_scale,
-        and the rule that these follow.
+        the rule that these follow, and the size of the population (None: a single network).
 
         Args:
             optimizer: `adamw` (decoupled weight decay), `adam` (coupled) or `sgd`.
@@ -215,6 +215,7 @@ class ResNet(nn.Module):
                 "lr_scale": self.rules[role].lr_scale(optimizer),
                 "eps_scale": self.rules[role].eps_scale(),
                 "weight_decay_scale": self.rules[role].weight_decay_scale(optimizer),
+                "population": self.population,
             }
             for role, layer in layers.items()
         ]

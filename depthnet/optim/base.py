@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from depthnet.kernels.reference import stream_dtype
+from depthnet.optim.plan import Plan
 from depthnet.scaling.groups import SCALES, check_unscaled, param_groups
 
 # The hyperparameter that each scale multiplies.
@@ -25,6 +26,9 @@ class ScaledOptimizer(torch.optim.Optimizer):
     """
 
     rule: str  # whose rules of scaling.Rule apply: adamw, adam or sgd
+    kernel: str  # which kernels run: adam or sgd
+    _step_supports_amp_scaling = True  # GradScaler then leaves grad_scale and found_inf to the step
+    _plan: Plan | None = None
 
     def __init__(self, params, defaults: dict):
         name = f"depthnet.optim.{type(self).__name__}"
@@ -56,9 +60,16 @@ class ScaledOptimizer(torch.optim.Optimizer):
             raise
 
     def _check_group(self, group: dict) -> None:
-        for option in ("amsgrad", "maximize", "differentiable"):
-            if group.get(option):
-                raise ValueError(f"{option}=True is not supported")
+        if group["differentiable"]:
+            raise ValueError("differentiable=True is not supported: the step writes in place")
+        norm = group["max_grad_norm"]
+        if norm is not None and not (norm > 0 and norm != torch.inf):
+            raise ValueError(f"max_grad_norm must be None or positive and finite, got {norm}")
+        if norm is not None and group.get("population") is not None:
+            raise ValueError(
+                "max_grad_norm: one norm of all gradients would couple the members of a population"
+            )
+        self._check_numbers(group)
         for key in SCALES:
             group[key] = _rates(key, group[key])
         lr = _rates("lr", group["lr"], keep_scalar_tensor=True)
@@ -87,7 +98,10 @@ class ScaledOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict) -> None:
         # A checkpoint of torch.optim has plain numbers, every scale multiplied out; one of an old torch
         # counts steps in a number.
+        defaults = state.get("defaults") or self.defaults
         for group in state["param_groups"]:
+            for key, default in defaults.items():
+                group.setdefault(key, default)
             for key in SCALES:
                 group.setdefault(key, 1.0)
             self._check_group(group)
@@ -114,35 +128,91 @@ class ScaledOptimizer(torch.optim.Optimizer):
                         group[entry] = group[entry] * scale
         return state
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load a state_dict of this class, or of its namesake in torch.optim.
+
+        Raises:
+            ValueError: it is of other groups, or scales in it do not fit the parameters; nothing has been
+                loaded then.
+        """
+        given = {}
+        # The last of the hooks sees what the others have made of the state.
+        hook = self.register_load_state_dict_pre_hook(lambda _, state: given.update(state))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        # torch has cast every state to the dtype of its parameter: those in float32 are loaded again.
+        for group, given_group in zip(self.param_groups, given["param_groups"], strict=True):
+            for param, index in zip(group["params"], given_group["params"], strict=True):
+                for key, value in given["state"].get(index, {}).items():
+                    if isinstance(value, Tensor) and value.dtype == torch.float32 and key != "step":
+                        self.state[param][key] = value.to(param.device)
+
     @torch.no_grad()
     def step(self, closure=None):
         """Update every parameter that has a gradient.
 
+        Everything is checked before the first write.
+
         Args:
             closure: None, or a function that computes the loss anew and returns it.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: a gradient is sparse, or its memory is not that of a
+                plain tensor or of a DTensor's shard.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches = defaultdict(list)
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                if param.grad.is_sparse:
-                    raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
-                batches[(param.device, *self._constants(group, param))].append((param, group))
-        for (_, *constants), batch in batches.items():
-            self._step(batch, *constants)
+        self._update()
         return loss
 
-    def _constants(self, group: dict, param: Tensor) -> tuple:
-        """What must be equal for parameters to be updated together."""
+    @torch._disable_dynamo  # there is nothing to fuse: under torch.compile the graph breaks here
+    def _update(self) -> None:
+        if self._plan is None or not self._plan.refresh():
+            self._plan = None  # if the next line raises, the old one is not used again
+            self._plan = Plan(self)
+        self._plan.run()
+
+    def _check_numbers(self, group: dict) -> None:
+        """Check what only one kind of optimizer has."""
         raise NotImplementedError
 
-    def _step(self, batch: list[tuple[Tensor, dict]], *constants) -> None:
+    @staticmethod
+    def _number_columns(numbers: list[tuple]) -> dict[str, list[float]]:
+        """What `_numbers` gave for each group, as columns of kernels.step.GROUP."""
         raise NotImplementedError
+
+    def _make_state(self, param: Tensor, state: dict, group: dict) -> list[tuple[str, str]]:
+        """Complete a parameter's state; its keys, each with its column of kernels.step.ADDRESSES."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _make_step(param: Tensor, state: dict) -> None:
+        step = state.get("step")
+        if step is None:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        elif step.dtype != torch.float32 or step.device != param.device:
+            state["step"] = step.to(param.device, torch.float32)
+
+    @staticmethod
+    def _make_moments(param: Tensor, state: dict, keys: Iterable[str]) -> None:
+        dtype = stream_dtype(param.dtype)
+        for key in keys:
+            if state.get(key) is None:
+                state[key] = torch.zeros_like(param, dtype=dtype)
+            elif state[key].dtype != dtype:
+                state[key] = state[key].to(dtype)
+
+    @staticmethod
+    def _make_master(param: Tensor, state: dict, group: dict) -> list[tuple[str, str]]:
+        if not group["master_weights"] or param.dtype.itemsize != 2:
+            return []
+        if "master_param" not in state:
+            state["master_param"] = param.detach().to(torch.float32)
+        return [("master", "master_param")]
 
 
 def _listed(group: dict) -> dict:
@@ -151,25 +221,11 @@ def _listed(group: dict) -> dict:
     return {**group, "params": [members] if isinstance(members, Tensor) else list(members)}
 
 
-def rate_tables(batch: list[tuple[Tensor, dict]], *names: str) -> tuple[list[int], list[Tensor]]:
-    """For each parameter the number of leading dimensions that rates vary over, and for each name one
-    float64 table with an entry for each slice of each parameter."""
-    leading = [
-        max(getattr(group[f"{name}_scale"], "ndim", 0) for name in names) for _, group in batch
-    ]
-    tables = []
-    for name in names:
-        entries = []
-        for (param, group), dims in zip(batch, leading, strict=True):
-            rate, shape = group[name] * group[f"{name}_scale"], param.shape[:dims]
-            if isinstance(rate, Tensor):
-                rate = rate.to(param.device, torch.float64)
-            else:
-                rate = torch.full((), rate, dtype=torch.float64, device=param.device)
-            rate = rate.reshape((*rate.shape, *[1] * (dims - rate.ndim)))
-            entries.append(rate.expand(shape).reshape(-1))
-        tables.append(torch.cat(entries))
-    return leading, tables
+def number(value: float | Tensor) -> float:
+    """The value; NaN for what is on a device, where kernels read it themselves."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.item() if value.device.type == "cpu" else torch.nan
 
 
 def _rates(
@@ -177,6 +233,8 @@ def _rates(
 ) -> float | Tensor:
     """A number, or a float64 tensor of finite numbers >= 0."""
     if isinstance(value, Tensor) and value.ndim == 0 and keep_scalar_tensor:
+        if value.device.type != "cpu" and value.dtype != torch.float32:
+            raise TypeError(f"{argument} on {value.device} must be float32, got {value.dtype}")
         if value.device.type == "cpu" and not value >= 0:
             raise ValueError(f"{argument} must be finite and not negative, got {value!r}")
         return value

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import torch
+from operator import itemgetter
+
 from torch import Tensor
 
-from depthnet.kernels import sgd_step_
-from depthnet.optim.base import ScaledOptimizer, rate_tables
+from depthnet.optim.base import ScaledOptimizer, number
 
 
 class SGD(ScaledOptimizer):
     """SGD with a learning rate and weight decay for each tensor, layer or population member.
 
+    All parameters of all groups are updated in one parallel region (CPU) or one launch (GPU).
+
     Args:
         params: a module, whose parametrization then scales each layer's rates, or parameters or
             groups of parameters; see `ScaledOptimizer` for the scales in a group.
-        lr: the learning rate at the base shape: a number, a 0-dim tensor (which can change without
-            recompiling a compiled step), or a vector over the members of a population.
-        momentum, dampening, weight_decay, nesterov: as in torch.optim.SGD.
+        lr: the learning rate at the base shape: a number, a 0-dim tensor (which may change in place, also
+            inside a CUDA graph), or a vector over the members of a population.
+        momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
         decoupled_weight_decay: whether weight decay acts on the weights or joins the gradient.
+        max_grad_norm, master_weights, stochastic_rounding: as in `Adam`.
+        foreach, fused: accepted for torch's sake; there is one implementation, which is fused.
+        differentiable: must be False.
 
-    State and state_dict are laid out as torch.optim.SGD's.
+    State and state_dict are laid out as torch.optim.SGD's; momentum buffers of bfloat16 and float16
+    parameters are float32, and stochastic rounding counts its steps in the state.
 
     Raises:
         TypeError, ValueError: an argument is not as described, or the bare parameters of a model whose
@@ -28,6 +34,13 @@ class SGD(ScaledOptimizer):
     """
 
     rule = "sgd"
+    kernel = "sgd"
+    _numbers = staticmethod(
+        itemgetter(
+            *("max_grad_norm", "lr", "weight_decay", "momentum", "dampening", "nesterov"),
+            *("decoupled_weight_decay", "maximize"),
+        )
+    )
 
     def __init__(
         self,
@@ -38,51 +51,57 @@ class SGD(ScaledOptimizer):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ):
-        if not momentum >= 0:
-            raise ValueError(f"momentum must not be negative, got {momentum}")
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError("nesterov needs a positive momentum and no dampening")
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "dampening": dampening,
             "weight_decay": weight_decay,
             "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "max_grad_norm": max_grad_norm,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(params, defaults)
 
-    def _constants(self, group: dict, param: Tensor) -> tuple:
-        # The first step has no dampening: torch starts the buffer from the gradient itself.
-        first = group["momentum"] != 0 and self.state[param].get("momentum_buffer") is None
-        return (
-            group["momentum"],
-            0.0 if first else group["dampening"],
-            group["nesterov"],
-            group.get("decoupled_weight_decay", False),
-        )
+    def _check_numbers(self, group: dict) -> None:
+        momentum = group["momentum"]
+        if not momentum >= 0:
+            raise ValueError(f"momentum must not be negative, got {momentum}")
+        if group["nesterov"] and (momentum <= 0 or group["dampening"] != 0):
+            raise ValueError("nesterov needs a positive momentum and no dampening")
 
-    def _step(self, batch, momentum, dampening, nesterov, decoupled) -> None:
-        params = [param for param, _ in batch]
-        buffers = []
-        if momentum:
-            for param in params:
-                state = self.state[param]
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(param)
-                buffers.append(state["momentum_buffer"])
-        leading, (lr, weight_decay) = rate_tables(batch, "lr", "weight_decay")
-        sgd_step_(
-            params,
-            [param.grad for param in params],
-            buffers,
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            dampening=dampening,
-            nesterov=nesterov,
-            leading=leading,
-            decoupled=decoupled,
-        )
+    @staticmethod
+    def _structure(group: dict) -> tuple:
+        return group["momentum"] != 0, group["master_weights"], group["stochastic_rounding"]
+
+    @staticmethod
+    def _number_columns(numbers: list[tuple]) -> dict[str, list[float]]:
+        names = ("lr", "weight_decay", "beta1", "beta2", "nesterov", "decoupled", "maximize")
+        _, *columns = zip(*numbers, strict=True)
+        return {
+            name: list(map(number, column)) for name, column in zip(names, columns, strict=True)
+        }
+
+    def _make_state(self, param: Tensor, state: dict, group: dict) -> list[tuple[str, str]]:
+        columns = [*self._make_master(param, state, group)]
+        if group["momentum"] != 0:
+            self._make_moments(param, state, ["momentum_buffer"])
+            columns.append(("state0", "momentum_buffer"))
+        if group["stochastic_rounding"]:
+            self._make_step(param, state)
+            columns.append(("step", "step"))
+        return columns

@@ -80,10 +80,12 @@ def test_opcheck_optimizer_steps(backend):
         return [torch.rand(2, 3), torch.rand(5)]
 
     rates = [torch.rand(3, dtype=torch.float64) for _ in range(3)]
-    steps = [torch.zeros(()), torch.ones(())]
-    adam = (tensors(), tensors(), tensors(), tensors(), steps, *rates, [1, 0], 0.9, 0.99, True)
-    torch.library.opcheck(OPS.adamw_step_, adam)
-    sgd = (tensors(), tensors(), tensors(), *rates[:2], [1, 0], 0.9, 0.0, True, False)
+    moments = tensors(), tensors()
+    for greatest in ([], tensors()):  # without and with amsgrad
+        steps = [torch.zeros(()), torch.ones(())]
+        adam = (tensors(), tensors(), *moments, greatest, steps, *rates, [1, 0], 0.9, 0.99)
+        torch.library.opcheck(OPS.adamw_step_, (*adam, True, False))
+    sgd = (tensors(), tensors(), tensors(), *rates[:2], [1, 0], 0.9, 0.0, True, False, True)
     torch.library.opcheck(OPS.sgd_step_, sgd)
 
 

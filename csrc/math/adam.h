@@ -1,0 +1,74 @@
+// Adam and AdamW.  V is a scalar or a SIMD vector.
+#pragma once
+
+#include <cmath>
+
+#include "step.h"
+
+namespace depthnet {
+
+// What the elements of a slice share.
+template <class V>
+struct AdamConstants {
+  V grad_factor;
+  V shrink;   // decoupled decay: 1 - lr * weight_decay
+  V coupled;  // coupled decay: weight_decay
+  V one_minus_beta1, beta2, one_minus_beta2;
+  V inverse_root_bias2;  // 1 / sqrt(1 - beta2^t)
+  V step_size;           // lr / (1 - beta1^t)
+  V eps;
+  bool couples;  // whether there is coupled decay
+};
+
+template <class V, class F>
+DEPTHNET_HD auto map(const AdamConstants<V>& c, F f) -> AdamConstants<decltype(f(c.eps))> {
+  return {f(c.grad_factor), f(c.shrink), f(c.coupled), f(c.one_minus_beta1), f(c.beta2), f(c.one_minus_beta2),
+          f(c.inverse_root_bias2), f(c.step_size), f(c.eps), c.couples};
+}
+
+// beta^t for both betas.
+struct AdamPowers {
+  double beta1, beta2;
+};
+DEPTHNET_HD AdamPowers adam_powers(const StepGroup& group, double step) {
+  return {pow(group.beta1, step), pow(group.beta2, step)};
+}
+
+// `group_lr` is the group's lr, wherever it is stored; `factor` is grad_factor().
+DEPTHNET_HD AdamConstants<double> adam_constants(const StepGroup& group, double group_lr,
+                                                 const StepSlice& slice, AdamPowers powers,
+                                                 double factor) {
+  const double lr = group_lr * slice.lr, weight_decay = group.weight_decay * slice.weight_decay;
+  const bool decoupled = group.decoupled != 0;
+  return {factor,
+          decoupled ? 1 - lr * weight_decay : 1,
+          decoupled ? 0 : weight_decay,
+          1 - group.beta1,
+          group.beta2,
+          1 - group.beta2,
+          1 / sqrt(1 - powers.beta2),
+          lr / (1 - powers.beta1),
+          group.eps * slice.eps,
+          !decoupled && weight_decay != 0};
+}
+
+template <class V>
+DEPTHNET_HD void adam_moments(V p, V g, V& m, V& v, const AdamConstants<V>& c) {
+  g = c.grad_factor * g;
+  if (c.couples) g = g + c.coupled * p;  // without decay an infinite p leaves the moments alone
+  m = m + c.one_minus_beta1 * (g - m);
+  v = c.beta2 * v + c.one_minus_beta2 * g * g;
+}
+
+// amsgrad: the greatest v so far.  NaN stays, whichever of the two it is.
+template <class V>
+DEPTHNET_HD V adam_greatest(V greatest, V v) {
+  return (v > greatest) | (v != v) ? v : greatest;
+}
+
+template <class V, class Sqrt>
+DEPTHNET_HD V adam_moved(V p, V m, V v, const AdamConstants<V>& c, Sqrt square_root) {
+  return p * c.shrink - c.step_size * (m / (square_root(v) * c.inverse_root_bias2 + c.eps));
+}
+
+}  // namespace depthnet

@@ -1,0 +1,268 @@
+"""From an optimizer's groups, gradients and state to the tables that kernels run over.
+
+Nearly always nothing has changed since the step before but where the gradients are and what a scheduler
+has set.  Then a step costs a few list comprehensions and comparisons: the tables stay, and get new
+addresses and numbers.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from depthnet.kernels import reference
+from depthnet.kernels.dispatch import choice
+from depthnet.kernels.optimizer import run_step, select_for_step
+from depthnet.kernels.step import ADDRESSES, GROUP, StepTables, describe
+from depthnet.scaling.groups import SCALES
+
+
+class Plan:
+    """The tables of one optimizer's steps.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: a gradient or a parameter cannot be stepped; nothing has
+            been written then.
+    """
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        groups = optimizer.param_groups
+        self.backend = choice()
+        self.params = [param for group in groups for param in group["params"]]
+        group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
+        active = [i for i, param in enumerate(self.params) if param.grad is not None]
+        for i in active:
+            check_gradient(optimizer, self.params[i], groups[group_of[i]])
+        # All tensors of a step in one list: parameters, gradients, and from here on states, each an entry
+        # of the dictionary that the optimizer keeps for a parameter.
+        self.sources: list[tuple[dict, str]] = []
+        places, fresh = [], []
+        for i in active:
+            place = dict.fromkeys(ADDRESSES, -1) | {"param": i, "grad": len(self.params) + i}
+            state = optimizer.state[self.params[i]]
+            fresh.append(optimizer.kernel == "sgd" and state.get("momentum_buffer") is None)
+            for column, key in optimizer._make_state(self.params[i], state, groups[group_of[i]]):
+                place[column] = 2 * len(self.params) + len(self.sources)
+                self.sources.append((state, key))
+            places.append(list(place.values()))
+
+        self.state, self.entries = optimizer.state, list(optimizer.state.values())
+        self.structure = list(map(optimizer._structure, groups))
+        self.scales = [group[key] for group in groups for key in SCALES]
+        self.vectors = [scale for scale in self.scales if isinstance(scale, Tensor)]
+        self.versions = [vector._version for vector in self.vectors]
+        tensors = self._tensors()
+        self.sharded = [i for i, tensor in enumerate(tensors) if local(tensor) is not tensor]
+        tensors = self._local(tensors)
+        self.forms = describe(tensors)[1]
+        self.numbers, self.groups = [], np.zeros(len(groups), GROUP)
+        self._read_numbers()
+
+        batches = {}
+        for i, place, new in zip(active, places, fresh, strict=True):
+            group = groups[group_of[i]]
+            leading = max(getattr(group[key], "ndim", 0) for key in SCALES)
+            row = {name: tensors[at] for name, at in zip(ADDRESSES, place, strict=True) if at >= 0}
+            batch = row["param"].device, select_for_step(leading, row)
+            batches.setdefault(batch, []).append((i, leading, place, new))
+        self.batches = [
+            Batch(self, backend, device, tensors, group_of, *zip(*rows, strict=True))
+            for (device, backend), rows in batches.items()
+        ]
+
+    def _tensors(self) -> list[Tensor | None]:
+        grads = [param.grad for param in self.params]
+        return [*self.params, *grads, *[state[key] for state, key in self.sources]]
+
+    def _local(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
+        for i in self.sharded:
+            tensors[i] = local(tensors[i])
+        return tensors
+
+    def _read_numbers(self) -> bool:
+        """Bring `groups` up to date; False if a changed number asks for other tables."""
+        optimizer = self.optimizer
+        numbers = list(map(optimizer._numbers, optimizer.param_groups))
+        if numbers != self.numbers:
+            if list(map(optimizer._structure, optimizer.param_groups)) != self.structure:
+                return False
+            norms = list(dict.fromkeys(group["max_grad_norm"] for group in optimizer.param_groups))
+            if len(norms) > 1:
+                raise ValueError(
+                    f"max_grad_norm is of all groups together and must be the same in each, got {norms}"
+                )
+            self.max_grad_norm, self.numbers = norms[0], numbers
+            for name, column in optimizer._number_columns(numbers).items():
+                self.groups[name] = column
+            lrs = [(i, group["lr"]) for i, group in enumerate(optimizer.param_groups)]
+            self.lrs = {i: lr for i, lr in lrs if isinstance(lr, Tensor)}
+            self.groups["lr_address"] = 0
+        for i, lr in self.lrs.items():
+            if lr.device.type == "cpu":
+                self.groups["lr"][i] = lr.item()
+            else:
+                self.groups["lr_address"][i] = lr.data_ptr()
+        return True
+
+    def refresh(self) -> bool:
+        """Bring the tables up to date; False if others are needed."""
+        optimizer = self.optimizer
+        groups = optimizer.param_groups
+        unchanged = (
+            self.backend == choice()
+            and identical([param for group in groups for param in group["params"]], self.params)
+            and self.state is optimizer.state
+            and identical(list(optimizer.state.values()), self.entries)
+            and identical([group[key] for group in groups for key in SCALES], self.scales)
+            and [vector._version for vector in self.vectors] == self.versions
+            and self._read_numbers()
+        )
+        if not unchanged:
+            return False
+        try:
+            tensors = self._local(self._tensors())
+        except KeyError:  # a state was taken away
+            return False
+        addresses, forms = describe(tensors)
+        if not np.array_equal(forms, self.forms):
+            return False
+        for batch in self.batches:
+            batch.refresh(tensors, addresses)
+        return True
+
+    def run(self) -> None:
+        optimizer = self.optimizer
+        for batch in self.batches:
+            tables = batch.tables
+            tables.grad_scale = getattr(optimizer, "grad_scale", None)
+            tables.found_inf = getattr(optimizer, "found_inf", None)
+            tables.max_grad_norm = self.max_grad_norm
+            run_step(batch.backend, tables)
+            batch.done()
+
+
+class Batch:
+    """The tables of the parameters on one device that one backend steps."""
+
+    def __init__(
+        self, plan: Plan, backend, device, tensors, group_of, indices, leading, places, fresh
+    ):
+        groups = plan.optimizer.param_groups
+        self.backend, self.places = backend, np.array(places)
+        params = [tensors[i] for i in indices]
+        own = [groups[group_of[i]] for i in indices]
+        self.tables = StepTables(
+            rule=plan.optimizer.kernel,
+            columns=self._columns(tensors),
+            leading=leading,
+            scales=torch.from_numpy(scale_table(params, own, leading)).to(device),
+            group=[group_of[i] for i in indices],
+            groups=plan.groups,
+            fresh=fresh,
+            rounding=[
+                i + 1 if group["stochastic_rounding"] and param.dtype.itemsize == 2 else 0
+                for i, group, param in zip(indices, own, params, strict=True)
+            ],
+            lrs={i: lr for i, lr in plan.lrs.items() if lr.device == device},
+        )
+        if backend is not reference:
+            self.tables.tensors  # noqa: B018  computed once, from the columns
+            # Without gradients and states, whose memory is then free when their owners let it go.
+            self.tables.columns = {"param": params}
+
+    def _columns(self, tensors: list[Tensor | None]) -> dict[str, list[Tensor | None]]:
+        pairs = zip(ADDRESSES, self.places.T.tolist(), strict=True)
+        return {name: [tensors[at] if at >= 0 else None for at in column] for name, column in pairs}
+
+    def refresh(self, tensors: list[Tensor | None], addresses: np.ndarray) -> None:
+        if self.backend is reference:
+            self.tables.columns = self._columns(tensors)
+            return
+        addresses = np.append(addresses, 0)  # where the places -1 point
+        for name, column in zip(ADDRESSES, self.places.T, strict=True):
+            self.tables.tensors[name] = addresses[column]
+
+    def done(self) -> None:
+        if self.backend is reference:
+            self.tables.columns = {"param": self.tables.params}
+        if any(self.tables.fresh):
+            self.tables.fresh = [False] * len(self.tables.fresh)
+            if self.backend is not reference:
+                self.tables.tensors["fresh"] = 0
+
+
+def identical(left: list, right: list) -> bool:
+    """Whether two lists hold the same objects."""
+    return len(left) == len(right) and all(map(operator.is_, left, right))
+
+
+def check_gradient(optimizer, param: Tensor, group: dict) -> None:
+    """Raise unless the memory of a parameter and its gradient is known and belongs together."""
+    name, grad = type(optimizer).__name__, param.grad
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"{name} does not take sparse gradients, got {grad.layout}")
+    for tensor in (param, grad):
+        if is_traceable_wrapper_subclass(tensor) and not is_distributed(tensor):
+            raise TypeError(
+                f"{name} takes plain tensors and DTensors, got a {type(tensor).__name__} of shape "
+                f"{tuple(tensor.shape)}"
+            )
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != param.device:
+        raise ValueError(
+            f"lr must be on the CPU or with its parameter, {param.device}, got {lr.device}"
+        )
+    if not is_distributed(param):
+        return
+    placements = param.placements
+    if not is_distributed(grad) or grad.placements != placements:
+        raise ValueError(
+            f"{name}: the gradient of a DTensor placed {placements} must be placed alike, got "
+            f"{getattr(grad, 'placements', 'a plain tensor')}; redistribute it first"
+        )
+    leading = max(getattr(group[key], "ndim", 0) for key in SCALES)
+    sharded = [place.dim for place in placements if hasattr(place, "dim")]
+    if any(dim < leading for dim in sharded):
+        raise ValueError(
+            f"{name}: rates over the {leading} leading dimensions need these whole on every rank, got "
+            f"a DTensor placed {placements}"
+        )
+    if group["max_grad_norm"] is not None and not all(p.is_replicate() for p in placements):
+        raise ValueError(
+            f"max_grad_norm: the norm of sharded gradients (here placed {placements}) needs all ranks; "
+            "use torch.nn.utils.clip_grad_norm_"
+        )
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: there are none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor | None) -> Tensor | None:
+    """A DTensor's shard on this rank; any other tensor itself."""
+    if type(tensor) in (Tensor, torch.nn.Parameter) or not is_distributed(tensor):
+        return tensor
+    return tensor.to_local()
+
+
+def scale_table(params: list[Tensor], groups: list[dict], leading: list[int]) -> np.ndarray:
+    """float64 (3, slices): the scales of lr, eps and weight decay of all parameters' slices."""
+    columns = []
+    for key in SCALES:
+        entries = []
+        for param, group, dims in zip(params, groups, leading, strict=True):
+            scale, lead = group[key], param.shape[:dims]
+            if isinstance(scale, Tensor):
+                scale = scale.reshape((*scale.shape, *[1] * (dims - scale.ndim))).expand(lead)
+                entries += scale.flatten().tolist()
+            else:
+                entries += [scale] * lead.numel()
+        columns.append(entries)
+    return np.array(columns, np.float64).reshape(3, -1)
