@@ -1,63 +1,143 @@
-"""What does a learning rate for each layer cost?
+"""What does an optimizer step with a learning rate for each layer cost?
 
     python bench/optimizer.py
 
-One AdamW step on a stack of weights (L, n, n), float32: depthnet with a learning rate for each
-layer, beside torch's fused AdamW with one learning rate, and with a group for each layer; and a
-copy of the bytes that AdamW must move, 28 an element (p, m, v read and written, g read).
+One AdamW step, float32, over stacks of weights (n, n) x L, as L tensors and as one stacked tensor:
+depthnet with a learning rate for each layer, beside torch's fused AdamW, its foreach AdamW and its
+compiled step, each with one learning rate for all and with a group for each layer; and a copy of as
+many bytes as AdamW must move, 28 an element (p, m, v read and written, g read).  Then 10,000 tensors of
+1,000 elements, and the time of a step beyond the kernel's own, for 10 to 10,000 tensors of 4 elements.
 """
 
 import torch
-from common import interleaved, print_machine, write_csv
+from common import interleaved, print_machine, print_table, write_csv
 
 import depthnet
 
 SHAPES = [(64, 64), (128, 64), (256, 64), (512, 32), (1024, 16)]
+BYTES = 28  # an element
+MANY = 10_000
 
 
-def providers(n: int, depth: int) -> dict:
-    def layers():
-        weights = [torch.randn(n, n, requires_grad=True) for _ in range(depth)]
-        for weight in weights:
-            weight.grad = torch.randn(n, n)
-        return weights
+def parameter(*shape: int) -> torch.Tensor:
+    weight = torch.randn(shape, requires_grad=True)
+    weight.grad = torch.randn(shape)
+    return weight
 
-    stacked = torch.randn(depth, n, n, requires_grad=True)
-    stacked.grad = torch.randn(depth, n, n)
-    rates = [1e-3 * (layer + 1) / depth for layer in range(depth)]
-    one, many = layers(), layers()
-    groups = [{"params": [weight], "lr": lr} for weight, lr in zip(many, rates, strict=True)]
-    source = torch.randn(depth * n * n * 28 // 8)
+
+def parameters(count: int, *shape: int) -> list[torch.Tensor]:
+    return [parameter(*shape) for _ in range(count)]
+
+
+def rates(count: int) -> list[float]:
+    return [1e-3 * (index + 1) / count for index in range(count)]
+
+
+def groups(params: list[torch.Tensor]) -> list[dict]:
+    """A group for each parameter, with a learning rate of its own."""
+    return [{"params": [p], "lr": lr} for p, lr in zip(params, rates(len(params)), strict=True)]
+
+
+def compiled(params: list[torch.Tensor]):
+    """torch's step under torch.compile.  Its learning rate is a tensor, as torch advises, so that a
+    scheduler does not make it compile again."""
+    optimizer = torch.optim.AdamW(params, lr=torch.tensor(1e-3), foreach=True, capturable=False)
+    return torch.compile(optimizer.step)
+
+
+def copy(elements: int):
+    source = torch.randn(elements * BYTES // 8)
     target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def torchs(count: int, *shape: int) -> dict:
+    """torch's AdamW with one group, and with a group for each parameter."""
+    adamw = torch.optim.AdamW
     return {
-        "depthnet, an lr for each layer": depthnet.optim.AdamW([stacked], lr=rates).step,
-        "torch fused, one lr": torch.optim.AdamW(one, lr=1e-3, fused=True).step,
-        "torch fused, a group for each layer": torch.optim.AdamW(groups, fused=True).step,
-        "copy": lambda: target.copy_(source),
+        "torch fused, one lr": adamw(parameters(count, *shape), fused=True).step,
+        "torch fused, a group each": adamw(groups(parameters(count, *shape)), fused=True).step,
+        "torch foreach, one lr": adamw(parameters(count, *shape), foreach=True).step,
+        "torch foreach, a group each": adamw(groups(parameters(count, *shape)), foreach=True).step,
     }
+
+
+def stacks() -> list[dict]:
+    rows = []
+    for n, depth in SHAPES:
+        adamw = depthnet.optim.AdamW
+        providers = {
+            "depthnet, stacked": adamw([parameter(depth, n, n)], lr=rates(depth)).step,
+            "depthnet, a group each": adamw(groups(parameters(depth, n, n))).step,
+            **torchs(depth, n, n),
+            "torch fused, stacked": torch.optim.AdamW([parameter(depth, n, n)], fused=True).step,
+            "torch compile, one lr": compiled(parameters(depth, n, n)),
+            "copy": copy(depth * n * n),
+        }
+        rows += measured("stack", {"n": n, "tensors": depth}, depth * n * n, providers)
+    return rows
+
+
+def many() -> list[dict]:
+    adamw = depthnet.optim.AdamW
+    providers = {
+        "depthnet, a group each": adamw(groups(parameters(MANY, 1000))).step,
+        "depthnet, one lr": adamw(parameters(MANY, 1000)).step,
+        **torchs(MANY, 1000),
+        "copy": copy(MANY * 1000),
+    }
+    return measured("many", {"n": 1000, "tensors": MANY}, MANY * 1000, providers, rounds=5)
+
+
+def overhead() -> list[dict]:
+    """Steps that move next to nothing."""
+    rows = []
+    for count in (10, 100, 1000, 10_000):
+        providers = {
+            "depthnet, one lr": depthnet.optim.AdamW(parameters(count, 4)).step,
+            "torch fused, one lr": torch.optim.AdamW(parameters(count, 4), fused=True).step,
+        }
+        rows += measured("overhead", {"n": 4, "tensors": count}, 4 * count, providers, rounds=10)
+    return rows
+
+
+def measured(section: str, size: dict, elements: int, providers: dict, rounds: int = 30):
+    times = interleaved(providers, rounds=rounds)
+    return [
+        {
+            "section": section,
+            **size,
+            "provider": provider,
+            "ms": f"{seconds * 1e3:.5f}",
+            "bytes": BYTES * elements,
+        }
+        for provider, seconds in times.items()
+    ]
+
+
+def report(rows: list[dict]) -> None:
+    sizes = dict.fromkeys((row["section"], row["n"], row["tensors"]) for row in rows)
+    for section, n, tensors in sizes:
+        ms = {
+            row["provider"]: float(row["ms"])
+            for row in rows
+            if (row["section"], row["n"], row["tensors"]) == (section, n, tensors)
+        }
+        ours = next(iter(ms.values()))
+        moved = next(row["bytes"] for row in rows if (row["n"], row["tensors"]) == (n, tensors))
+        lines = [
+            (provider, time, time / ours, moved / time / 1e6, time / tensors * 1e6)
+            for provider, time in ms.items()
+        ]
+        header = "provider", "ms", "x ours", "GB/s", "ns a tensor"
+        print_table(f"{section}: {tensors} tensors, n = {n}", header, lines)
 
 
 def main() -> None:
     print_machine()
-    rows = []
-    for n, depth in SHAPES:
-        times = interleaved(providers(n, depth))
-        ours = next(iter(times.values()))
-        for provider, seconds in times.items():
-            print(
-                f"n={n:<5} L={depth:<4} {provider:<36} {seconds * 1e3:8.3f} ms "
-                f"{seconds / ours:6.2f} x ours"
-            )
-            rows.append(
-                {
-                    "kernel": "adamw_step",
-                    "n": n,
-                    "depth": depth,
-                    "provider": provider,
-                    "ms": f"{seconds * 1e3:.5f}",
-                    "bytes": 28 * depth * n * n,
-                }
-            )
+    torch._dynamo.config.recompile_limit = len(SHAPES) + 1  # each shape is compiled once
+    rows = [*stacks(), *many(), *overhead()]
+    report(rows)
     write_csv("optimizer.csv", rows)
 
 

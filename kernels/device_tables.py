@@ -48,20 +48,40 @@ class DeviceTables:
         self.groups = self._upload("groups", tables.groups)
 
     def _upload(self, name: str, table: np.ndarray) -> Tensor:
-        if name in self._uploads:
-            host, _, device_copy = self._uploads[name]
-            if np.array_equal(host, table):
-                return device_copy
-        host = table.copy()
-        words = torch.from_numpy(host.view(np.int64).reshape(len(host), -1))
-        if self.chunks.is_cuda:
-            words = words.pin_memory()  # and kept: a captured graph copies from it at every replay
-        if name in self._uploads:
-            device_copy.copy_(words, non_blocking=True)
+        upload = self._uploads.get(name)
+        if upload is None:
+            upload = self._uploads[name] = _Upload(table, self.chunks.device)
+        upload.refresh(table)
+        return upload.words
+
+
+class _Upload:
+    """One table in the device's memory, as int64 words, a row each."""
+
+    def __init__(self, table: np.ndarray, device: torch.device):
+        shape = len(table), table.dtype.itemsize // 8
+        self.words = torch.empty(shape, dtype=torch.int64, device=device)
+        self.table = None  # what the device has
+        self.captured = []
+        self.spare = self._pinned()
+
+    def _pinned(self) -> Tensor:
+        return torch.empty_like(self.words, device="cpu", pin_memory=self.words.is_cuda)
+
+    def refresh(self, table: np.ndarray) -> None:
+        if self.table is not None and np.array_equal(self.table, table):
+            return
+        self.table = table.copy()
+        source = self.spare if self.spare is not None else self._pinned()
+        source.copy_(torch.from_numpy(self.table.view(np.int64).reshape(source.shape)))
+        self.words.copy_(source, non_blocking=True)
+        # While a graph is captured no memory can be pinned, so that one buffer is always ready; the graph
+        # copies from it at every replay, so that it is never written again.
+        if self.words.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.captured.append(source)
+            self.spare = None
         else:
-            device_copy = words.to(self.chunks.device, non_blocking=True, copy=True)
-        self._uploads[name] = host, words, device_copy
-        return device_copy
+            self.spare = self._pinned()
 
 
 def device_tables(tables: StepTables, chunk: int) -> DeviceTables:
