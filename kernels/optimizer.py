@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from depthnet.kernels import reference
 from depthnet.kernels.checks import check_lists, count_slices, rate_table
@@ -18,7 +19,7 @@ def select_for_step(leading: int, row: dict[str, Tensor | None]):
     """The backend that can run a step of one parameter; `row` has its tensors by StepTables' names."""
     tensors = [tensor for name, tensor in row.items() if name != "step" and tensor is not None]
     param, grad, *states = tensors
-    reasons = []
+    reasons = ["a tensor is fake"] if isinstance(param, FakeTensor) else []
     if grad.dtype != param.dtype:
         reasons.append(f"a gradient is {grad.dtype}, its parameter {param.dtype}")
     if any(state.dtype != reference.stream_dtype(param.dtype) for state in states):

@@ -160,14 +160,10 @@ def optimizer_step_(tables: StepTables) -> None:
     """
     if tables.found_inf is not None and tables.found_inf.item():
         return
-    grads = tables.columns["grad"]
-    factor = torch.ones((), dtype=torch.float64, device=tables.scales.device)
-    if tables.grad_scale is not None:
-        factor = factor / tables.grad_scale.double().reshape(())
-    if tables.max_grad_norm is not None:
-        norms = [torch.linalg.vector_norm(g, dtype=stream_dtype(g.dtype)) for g in grads]
-        norm = torch.stack([each.double() for each in norms]).norm() * factor
-        factor = factor * (tables.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+    device = tables.scales.device
+    factor = gradient_factor(
+        tables.columns["grad"], tables.grad_scale, tables.max_grad_norm, device
+    )
     update = _adam if tables.rule == "adam" else _sgd
     first_slice = 0
     for index, param in enumerate(tables.params):
@@ -192,6 +188,20 @@ def optimizer_step_(tables: StepTables) -> None:
         elif tables.rounding[index]:
             p = _round_stochastically(p, param.dtype, tables.rounding[index], row["step"])
         param.copy_(p)
+
+
+def gradient_factor(
+    grads: list[Tensor], grad_scale: Tensor | None, max_norm: float | None, device: torch.device
+) -> Tensor:
+    """float64: what gradients are multiplied by, to undo their scale and to bring them down to a norm."""
+    factor = torch.ones((), dtype=torch.float64, device=device)
+    if grad_scale is not None:
+        factor = factor / grad_scale.to(device, torch.float64).reshape(())
+    if max_norm is not None:
+        norms = [torch.linalg.vector_norm(g, dtype=stream_dtype(g.dtype)) for g in grads]
+        norm = torch.stack([each.to(device, torch.float64) for each in norms]).norm() * factor
+        factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1)
+    return factor
 
 
 def _adam(

@@ -45,8 +45,8 @@ class Adam(ScaledOptimizer):
     kernel = "adam"
     _numbers = staticmethod(
         itemgetter(
-            *("max_grad_norm", "lr", "eps", "weight_decay", "betas"),
-            *("decoupled_weight_decay", "maximize"),
+            *("max_grad_norm", "amsgrad", "master_weights", "stochastic_rounding"),
+            *("lr", "eps", "weight_decay", "betas", "decoupled_weight_decay", "maximize"),
         )
     )
     _structure = staticmethod(itemgetter("amsgrad", "master_weights", "stochastic_rounding"))
@@ -91,7 +91,7 @@ class Adam(ScaledOptimizer):
         super().__init__(params, defaults)
 
     def _check_numbers(self, group: dict) -> None:
-        betas = group["betas"]
+        betas = group["betas"] = tuple(group["betas"])
         if len(betas) != 2:
             raise ValueError(f"betas must be two numbers, got {betas}")
         for index, beta in enumerate(betas):
@@ -102,7 +102,7 @@ class Adam(ScaledOptimizer):
 
     @staticmethod
     def _number_columns(numbers: list[tuple]) -> dict[str, list[float]]:
-        _, lr, eps, weight_decay, betas, decoupled, maximize = zip(*numbers, strict=True)
+        lr, eps, weight_decay, betas, decoupled, maximize = list(zip(*numbers, strict=True))[4:]
         return {
             "lr": list(map(number, lr)),
             "eps": list(map(number, eps)),

@@ -171,10 +171,10 @@ class ScaledOptimizer(torch.optim.Optimizer):
 
     @torch._disable_dynamo  # there is nothing to fuse: under torch.compile the graph breaks here
     def _update(self) -> None:
-        if self._plan is None or not self._plan.refresh():
+        if self._plan is None or not self._plan.refresh(self):
             self._plan = None  # if the next line raises, the old one is not used again
             self._plan = Plan(self)
-        self._plan.run()
+        self._plan.run(self)
 
     def _check_numbers(self, group: dict) -> None:
         """Check what only one kind of optimizer has."""

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from depthnet.kernels import reference
 from depthnet.kernels.dispatch import choice
 from depthnet.kernels.optimizer import run_step, select_for_step
+from depthnet.kernels.reference import gradient_factor
 from depthnet.kernels.step import ADDRESSES, GROUP, StepTables, describe
 from depthnet.scaling.groups import SCALES
 
@@ -31,7 +32,6 @@ class Plan:
     """
 
     def __init__(self, optimizer):
-        self.optimizer = optimizer
         groups = optimizer.param_groups
         self.backend = choice()
         self.params = [param for group in groups for param in group["params"]]
@@ -45,11 +45,13 @@ class Plan:
         places, fresh = [], []
         for i in active:
             place = dict.fromkeys(ADDRESSES, -1) | {"param": i, "grad": len(self.params) + i}
-            state = optimizer.state[self.params[i]]
+            state = optimizer.state.get(self.params[i], {})
             fresh.append(optimizer.kernel == "sgd" and state.get("momentum_buffer") is None)
             for column, key in optimizer._make_state(self.params[i], state, groups[group_of[i]]):
                 place[column] = 2 * len(self.params) + len(self.sources)
                 self.sources.append((state, key))
+            if state:
+                optimizer.state[self.params[i]] = state
             places.append(list(place.values()))
 
         self.state, self.entries = optimizer.state, list(optimizer.state.values())
@@ -62,7 +64,7 @@ class Plan:
         tensors = self._local(tensors)
         self.forms = describe(tensors)[1]
         self.numbers, self.groups = [], np.zeros(len(groups), GROUP)
-        self._read_numbers()
+        self._read_numbers(optimizer)
 
         batches = {}
         for i, place, new in zip(active, places, fresh, strict=True):
@@ -72,7 +74,10 @@ class Plan:
             batch = row["param"].device, select_for_step(leading, row)
             batches.setdefault(batch, []).append((i, leading, place, new))
         self.batches = [
-            Batch(self, backend, device, tensors, group_of, *zip(*rows, strict=True))
+            Batch(
+                *(optimizer.kernel, groups, self.groups, backend, device, tensors, group_of),
+                *zip(*rows, strict=True),
+            )
             for (device, backend), rows in batches.items()
         ]
 
@@ -85,9 +90,8 @@ class Plan:
             tensors[i] = local(tensors[i])
         return tensors
 
-    def _read_numbers(self) -> bool:
-        """Bring `groups` up to date; False if a changed number asks for other tables."""
-        optimizer = self.optimizer
+    def _read_numbers(self, optimizer) -> bool:
+        """Bring `groups` up to date; False if a changed option asks for other tables."""
         numbers = list(map(optimizer._numbers, optimizer.param_groups))
         if numbers != self.numbers:
             if list(map(optimizer._structure, optimizer.param_groups)) != self.structure:
@@ -110,9 +114,8 @@ class Plan:
                 self.groups["lr_address"][i] = lr.data_ptr()
         return True
 
-    def refresh(self) -> bool:
+    def refresh(self, optimizer) -> bool:
         """Bring the tables up to date; False if others are needed."""
-        optimizer = self.optimizer
         groups = optimizer.param_groups
         unchanged = (
             self.backend == choice()
@@ -121,7 +124,7 @@ class Plan:
             and identical(list(optimizer.state.values()), self.entries)
             and identical([group[key] for group in groups for key in SCALES], self.scales)
             and [vector._version for vector in self.vectors] == self.versions
-            and self._read_numbers()
+            and self._read_numbers(optimizer)
         )
         if not unchanged:
             return False
@@ -136,40 +139,39 @@ class Plan:
             batch.refresh(tensors, addresses)
         return True
 
-    def run(self) -> None:
-        optimizer = self.optimizer
+    def run(self, optimizer) -> None:
+        # GradScaler sets these for the time of a step.
+        grad_scale = getattr(optimizer, "grad_scale", None)
+        found_inf = getattr(optimizer, "found_inf", None)
+        max_norm = self.max_grad_norm
+        if max_norm is not None and len(self.batches) > 1:  # the norm is of all of them
+            grads = [local(param.grad) for param in self.params if param.grad is not None]
+            grad_scale = 1 / gradient_factor(grads, grad_scale, max_norm, grads[0].device)
+            max_norm = None
         for batch in self.batches:
-            tables = batch.tables
-            tables.grad_scale = getattr(optimizer, "grad_scale", None)
-            tables.found_inf = getattr(optimizer, "found_inf", None)
-            tables.max_grad_norm = self.max_grad_norm
-            run_step(batch.backend, tables)
-            batch.done()
+            batch.run(grad_scale, found_inf, max_norm, self.lrs)
 
 
 class Batch:
     """The tables of the parameters on one device that one backend steps."""
 
-    def __init__(
-        self, plan: Plan, backend, device, tensors, group_of, indices, leading, places, fresh
-    ):
-        groups = plan.optimizer.param_groups
+    def __init__(self, rule, groups, numbers, backend, device, tensors, group_of, *rows):
+        indices, leading, places, fresh = rows
         self.backend, self.places = backend, np.array(places)
         params = [tensors[i] for i in indices]
         own = [groups[group_of[i]] for i in indices]
         self.tables = StepTables(
-            rule=plan.optimizer.kernel,
+            rule=rule,
             columns=self._columns(tensors),
             leading=leading,
             scales=torch.from_numpy(scale_table(params, own, leading)).to(device),
             group=[group_of[i] for i in indices],
-            groups=plan.groups,
+            groups=numbers,
             fresh=fresh,
             rounding=[
                 i + 1 if group["stochastic_rounding"] and param.dtype.itemsize == 2 else 0
                 for i, group, param in zip(indices, own, params, strict=True)
             ],
-            lrs={i: lr for i, lr in plan.lrs.items() if lr.device == device},
         )
         if backend is not reference:
             self.tables.tensors  # noqa: B018  computed once, from the columns
@@ -188,13 +190,26 @@ class Batch:
         for name, column in zip(ADDRESSES, self.places.T, strict=True):
             self.tables.tensors[name] = addresses[column]
 
-    def done(self) -> None:
+    def run(
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        max_norm: float | None,
+        lrs: dict[int, Tensor],
+    ) -> None:
+        tables = self.tables
+        device = tables.scales.device
+        tables.lrs = {i: lr for i, lr in lrs.items() if lr.device == device}
+        tables.grad_scale = None if grad_scale is None else grad_scale.to(device, torch.float32)
+        tables.found_inf = None if found_inf is None else found_inf.to(device, torch.float32)
+        tables.max_grad_norm = max_norm
+        run_step(self.backend, tables)
         if self.backend is reference:
-            self.tables.columns = {"param": self.tables.params}
-        if any(self.tables.fresh):
-            self.tables.fresh = [False] * len(self.tables.fresh)
+            tables.columns = {"param": tables.params}
+        if any(tables.fresh):
+            tables.fresh = [False] * len(tables.fresh)
             if self.backend is not reference:
-                self.tables.tensors["fresh"] = 0
+                tables.tensors["fresh"] = 0
 
 
 def identical(left: list, right: list) -> bool:

@@ -37,7 +37,8 @@ class SGD(ScaledOptimizer):
     kernel = "sgd"
     _numbers = staticmethod(
         itemgetter(
-            *("max_grad_norm", "lr", "weight_decay", "momentum", "dampening", "nesterov"),
+            *("max_grad_norm", "master_weights", "stochastic_rounding"),
+            *("lr", "weight_decay", "momentum", "dampening", "nesterov"),
             *("decoupled_weight_decay", "maximize"),
         )
     )
@@ -91,7 +92,7 @@ class SGD(ScaledOptimizer):
     @staticmethod
     def _number_columns(numbers: list[tuple]) -> dict[str, list[float]]:
         names = ("lr", "weight_decay", "beta1", "beta2", "nesterov", "decoupled", "maximize")
-        _, *columns = zip(*numbers, strict=True)
+        columns = list(zip(*numbers, strict=True))[3:]
         return {
             name: list(map(number, column)) for name, column in zip(names, columns, strict=True)
         }

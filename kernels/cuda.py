@@ -1,0 +1,65 @@
+"""The CUDA backend: thin bindings to the kernels of depthnet._C_cuda."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import depthnet
+from depthnet.kernels.device_tables import device_tables
+from depthnet.kernels.step import StepTables
+
+try:
+    from depthnet import _C_cuda
+except ImportError as error:
+    left_out = Path(depthnet.__path__[0]) / "_C_cuda_left_out.txt"  # written by setup.py
+    _C_cuda, MISSING = None, left_out.read_text().strip() if left_out.exists() else str(error)
+
+
+@cache
+def _missing() -> str | None:
+    """Why nothing can run here.  Asks the driver, after which this process must not be forked."""
+    if _C_cuda is None:
+        return MISSING
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    missing = _C_cuda.missing()
+    return missing and f"the CUDA kernels cannot run: {missing}"
+
+
+def unsupported(op: str, *tensors: Tensor) -> list[str]:
+    """Why `op` cannot run here on these tensors; empty if it can."""
+    reasons = []
+    if op != "optimizer_step_":
+        reasons.append(f"{op} has no CUDA kernel yet")
+    for tensor in tensors:
+        if not tensor.is_cuda:
+            return [*reasons, f"a tensor is on {tensor.device}"]
+    missing = _missing()
+    return [missing, *reasons] if missing else reasons
+
+
+def details() -> str:
+    return f"compiled for {_C_cuda.ARCHITECTURES}"
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def optimizer_step_(tables: StepTables) -> None:
+    """One step of all parameters, in place, without waiting for the device; see `StepTables`."""
+    table = device_tables(tables, _C_cuda.CHUNK)
+    device = table.scales.device
+    max_grad_norm = torch.inf if tables.max_grad_norm is None else tables.max_grad_norm
+    _C_cuda.optimizer_step(
+        *(tables.rule == "adam", table.tensors.data_ptr(), len(table.tensors)),
+        *(table.groups.data_ptr(), table.scales.data_ptr(), table.scales.shape[1]),
+        *(table.chunks.data_ptr(), len(table.chunks), table.arrived.data_ptr()),
+        *(table.partial_sums.data_ptr(), table.norm.data_ptr()),
+        *(_address(tables.grad_scale), _address(tables.found_inf), max_grad_norm),
+        *(device.index, torch.cuda.current_stream(device).cuda_stream),
+    )
