@@ -151,6 +151,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("residual_stack_backward", &residual_stack_backward);
   m.def("optimizer_step", &optimizer_step);
   m.def("describe", &describe);
+  m.def("describe_step", &describe_step);
   m.def("use_exchange_api", &use_exchange_api);
   m.def("fma_peak", &fma_peak);
 }

@@ -44,6 +44,34 @@ int64_t fingerprint(const DLTensor& t) {
   return int64_t(hash | 1);
 }
 
+// One column of the table.
+struct Described {
+  int64_t *address, *form;
+
+  void operator()(PyObject* tensor, bool may_be_negated) {
+    DLTensor t;
+    if (tensor == Py_None || api->tensor_from_object(tensor, &t)) {
+      PyErr_Clear();
+      *address++ = *form++ = 0;
+      return;
+    }
+    *address++ = int64_t(reinterpret_cast<uintptr_t>(t.data)) + int64_t(t.byte_offset);
+    *form = fingerprint(t);
+    if (may_be_negated) {
+      static PyObject* const name = PyUnicode_InternFromString("is_neg");
+      const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, name));
+      if (!negated) throw py::error_already_set();
+      if (negated.ptr() == Py_True) *form ^= 2;
+    }
+    ++form;
+  }
+};
+
+Described table(uintptr_t out, Py_ssize_t count) {
+  int64_t* const addresses = reinterpret_cast<int64_t*>(out);
+  return {addresses, addresses + count};
+}
+
 }  // namespace
 
 bool use_exchange_api(py::capsule capsule) {
@@ -56,17 +84,31 @@ bool use_exchange_api(py::capsule capsule) {
 
 void describe(py::list tensors, uintptr_t out) {
   const Py_ssize_t count = PyList_GET_SIZE(tensors.ptr());
-  int64_t* const addresses = reinterpret_cast<int64_t*>(out);
+  Described describe = table(out, count);
+  for (Py_ssize_t i = 0; i < count; ++i) describe(PyList_GET_ITEM(tensors.ptr(), i), true);
+}
+
+bool describe_step(py::list params, py::list sources, uintptr_t out) {
+  const Py_ssize_t count = PyList_GET_SIZE(params.ptr()), states = PyList_GET_SIZE(sources.ptr());
+  Described describe = table(out, 2 * count + states);
+  for (Py_ssize_t i = 0; i < count; ++i) describe(PyList_GET_ITEM(params.ptr(), i), false);
+  const py::str name("grad");
   for (Py_ssize_t i = 0; i < count; ++i) {
-    DLTensor t;
-    if (api->tensor_from_object(PyList_GET_ITEM(tensors.ptr(), i), &t)) {
-      PyErr_Clear();
-      addresses[i] = addresses[count + i] = 0;
-      continue;
-    }
-    addresses[i] = int64_t(reinterpret_cast<uintptr_t>(t.data)) + int64_t(t.byte_offset);
-    addresses[count + i] = fingerprint(t);
+    PyObject* const grad = PyObject_GetAttr(PyList_GET_ITEM(params.ptr(), i), name.ptr());
+    if (!grad) throw py::error_already_set();
+    describe(grad, true);
+    Py_DECREF(grad);
   }
+  for (Py_ssize_t i = 0; i < states; ++i) {
+    PyObject* const source = PyList_GET_ITEM(sources.ptr(), i);
+    PyObject* const state = PyDict_GetItemWithError(PyTuple_GET_ITEM(source, 0), PyTuple_GET_ITEM(source, 1));
+    if (!state) {
+      if (PyErr_Occurred()) throw py::error_already_set();
+      return false;
+    }
+    describe(state, false);
+  }
+  return true;
 }
 
 }  // namespace depthnet

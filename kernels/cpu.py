@@ -10,11 +10,14 @@ from depthnet.kernels.reference import sign_bytes, stream_dtype
 from depthnet.kernels.step import DTYPES, StepTables
 
 
+def missing() -> list[str]:
+    """Why nothing can run here; empty if something can."""
+    return [MISSING] if _C is None else []
+
+
 def unsupported(op: str, *tensors: Tensor) -> list[str]:
     """Why `op` cannot run here on these tensors; empty if it can."""
-    if _C is None:
-        return [MISSING]
-    reasons = []
+    reasons = missing()
     if op not in globals():
         reasons.append(f"{op} has no native CPU kernel yet")
     for tensor in tensors:

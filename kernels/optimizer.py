@@ -19,7 +19,11 @@ def select_for_step(leading: int, row: dict[str, Tensor | None]):
     """The backend that can run a step of one parameter; `row` has its tensors by StepTables' names."""
     tensors = [tensor for name, tensor in row.items() if name != "step" and tensor is not None]
     param, grad, *states = tensors
+    if param.numel() == 0:
+        return reference  # which counts the step
     reasons = ["a tensor is fake"] if isinstance(param, FakeTensor) else []
+    if grad.is_neg():
+        reasons.append("a gradient is a negated view")
     if grad.dtype != param.dtype:
         reasons.append(f"a gradient is {grad.dtype}, its parameter {param.dtype}")
     if any(state.dtype != reference.stream_dtype(param.dtype) for state in states):

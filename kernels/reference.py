@@ -17,6 +17,10 @@ from torch import Tensor
 from depthnet.kernels.step import StepTables
 
 
+def missing() -> list[str]:
+    return []
+
+
 def unsupported(op: str, *tensors: Tensor) -> list[str]:
     return []
 
@@ -185,7 +189,7 @@ def optimizer_step_(tables: StepTables) -> None:
         p = update(p, g, row, group, rates, tables.fresh[index])
         if row["master"] is not None:
             row["master"].copy_(p)
-        elif tables.rounding[index]:
+        elif tables.rounding[index] and param.dtype.itemsize == 2:
             p = _round_stochastically(p, param.dtype, tables.rounding[index], row["step"])
         param.copy_(p)
 
@@ -244,7 +248,8 @@ def _decayed(p: Tensor, g: Tensor, group, lr: Tensor, decay: Tensor) -> tuple[Te
     """Parameter and gradient after weight decay."""
     if group["decoupled"]:
         return p * (1 - lr * decay).to(p.dtype), g
-    return p, g + decay.to(p.dtype) * p if group["weight_decay"] else g
+    decay = decay.to(p.dtype)
+    return p, torch.where(decay != 0, g + decay * p, g)  # without decay an infinite p is no matter
 
 
 def _round_stochastically(p: Tensor, dtype: torch.dtype, rounding: int, step: Tensor) -> Tensor:
@@ -267,8 +272,9 @@ def _round_stochastically(p: Tensor, dtype: torch.dtype, rounding: int, step: Te
     if dtype == torch.bfloat16:
         moved = ((word + (bits >> 16).to(torch.int32)) & -0x10000).view(torch.float32)
     else:
-        _, exponent = torch.frexp(p.abs())  # p = fraction * 2^exponent, fraction in [0.5, 1)
-        last = torch.ldexp(torch.ones_like(p), exponent.sub(1).clamp(min=-14) - 10)
+        # |p| = fraction * 2^exponent, fraction in [0.5, 1); below 2^-14 halves are subnormal.
+        _, exponent = torch.frexp(p.abs().clamp(min=2**-14))
+        last = torch.ldexp(torch.ones_like(p), exponent - 11)
         moved = p.abs() + (bits >> 19).to(p.dtype) * 2**-13 * last
         normal = (moved.view(torch.int32) & -0x2000).view(torch.float32)
         subnormal = (moved * 2**24).trunc() * 2**-24

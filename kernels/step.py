@@ -47,7 +47,8 @@ class StepTables:
         groups: structured array of GROUP; SGD's momentum and dampening are beta1 and beta2.
         lrs: for some rows of `groups` a 0-dim tensor that takes the place of the number lr.
         fresh: for each parameter whether its momentum buffer is still unwritten.
-        rounding: for each parameter 0, or 1 + the number that its stochastic rounding depends on.
+        rounding: for each parameter 0, or 1 + the number that its stochastic rounding depends on; that
+            of 16-bit parameters without a master.
         grad_scale, found_inf: tensors of one element: gradients are divided by the one; nothing is
             written where the other is not 0.
         max_grad_norm: None, or the norm that all (unscaled) gradients together are brought down to.
@@ -105,7 +106,7 @@ def laid_out_alike(tensors: Sequence[Tensor], leading: int) -> bool:
 
 
 def describe(tensors: list[Tensor | None]) -> np.ndarray:
-    """int64 (2, N): addresses, and fingerprints that are equal for equal dtype, device, shape and strides.
+    """int64 (2, N): addresses, and fingerprints of dtype, device, shape, strides, and negation.
 
     Both are 0 for what is no tensor, or has no memory of its own.
     """
@@ -116,10 +117,31 @@ def describe(tensors: list[Tensor | None]) -> np.ndarray:
     return np.array([_described(tensor) for tensor in tensors], np.int64).reshape(-1, 2).T.copy()
 
 
+def describe_step(params: list[Tensor], sources: list[tuple[dict, str]]) -> np.ndarray | None:
+    """`describe` of parameters, their gradients, and the states that `sources` name; None if one of these
+    is missing."""
+    if not FAST_DESCRIBE:
+        tensors = tensors_of_step(params, sources)
+        return None if tensors is None else describe(tensors)
+    table = np.empty((2, 2 * len(params) + len(sources)), np.int64)
+    return table if _C.describe_step(params, sources, table.ctypes.data) else None
+
+
+def tensors_of_step(
+    params: list[Tensor], sources: list[tuple[dict, str]]
+) -> list[Tensor | None] | None:
+    """Parameters, their gradients, and the states that `sources` name; None if one of these is missing."""
+    grads = [param.grad for param in params]
+    try:
+        return [*params, *grads, *[state[key] for state, key in sources]]
+    except KeyError:
+        return None
+
+
 def _described(tensor: Tensor | None) -> tuple[int, int]:
     try:
         address = tensor.data_ptr()
     except (AttributeError, RuntimeError):  # None; sparse
         return 0, 0
-    form = tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+    form = tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.is_neg()
     return address, hash(form) if address or not tensor.numel() else 0

@@ -13,17 +13,18 @@ struct AdamConstants {
   V grad_factor;
   V shrink;   // decoupled decay: 1 - lr * weight_decay
   V coupled;  // coupled decay: weight_decay
-  V one_minus_beta1, beta2, one_minus_beta2;
+  V beta1, one_minus_beta1, beta2, one_minus_beta2;
   V inverse_root_bias2;  // 1 / sqrt(1 - beta2^t)
   V step_size;           // lr / (1 - beta1^t)
   V eps;
   bool couples;  // whether there is coupled decay
+  bool forgets;  // whether a new moment has more of the gradient than of the old moment
 };
 
 template <class V, class F>
 DEPTHNET_HD auto map(const AdamConstants<V>& c, F f) -> AdamConstants<decltype(f(c.eps))> {
-  return {f(c.grad_factor), f(c.shrink), f(c.coupled), f(c.one_minus_beta1), f(c.beta2), f(c.one_minus_beta2),
-          f(c.inverse_root_bias2), f(c.step_size), f(c.eps), c.couples};
+  return {f(c.grad_factor), f(c.shrink), f(c.coupled), f(c.beta1), f(c.one_minus_beta1), f(c.beta2),
+          f(c.one_minus_beta2), f(c.inverse_root_bias2), f(c.step_size), f(c.eps), c.couples, c.forgets};
 }
 
 // beta^t for both betas.
@@ -43,20 +44,23 @@ DEPTHNET_HD AdamConstants<double> adam_constants(const StepGroup& group, double 
   return {factor,
           decoupled ? 1 - lr * weight_decay : 1,
           decoupled ? 0 : weight_decay,
+          group.beta1,
           1 - group.beta1,
           group.beta2,
           1 - group.beta2,
           1 / sqrt(1 - powers.beta2),
           lr / (1 - powers.beta1),
           group.eps * slice.eps,
-          !decoupled && weight_decay != 0};
+          !decoupled && weight_decay != 0,
+          1 - group.beta1 >= 0.5};
 }
 
 template <class V>
 DEPTHNET_HD void adam_moments(V p, V g, V& m, V& v, const AdamConstants<V>& c) {
   g = c.grad_factor * g;
   if (c.couples) g = g + c.coupled * p;  // without decay an infinite p leaves the moments alone
-  m = m + c.one_minus_beta1 * (g - m);
+  // Between the two, from the nearer one: so that neither cancels, and m = g stays.
+  m = c.forgets ? g - c.beta1 * (g - m) : m + c.one_minus_beta1 * (g - m);
   v = c.beta2 * v + c.one_minus_beta2 * g * g;
 }
 

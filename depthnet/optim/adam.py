@@ -91,7 +91,7 @@ class Adam(ScaledOptimizer):
         super().__init__(params, defaults)
 
     def _check_numbers(self, group: dict) -> None:
-        betas = group["betas"] = tuple(group["betas"])
+        betas = group["betas"]
         if len(betas) != 2:
             raise ValueError(f"betas must be two numbers, got {betas}")
         for index, beta in enumerate(betas):
@@ -99,6 +99,7 @@ class Adam(ScaledOptimizer):
                 raise TypeError(f"betas[{index}] must be a number, got a tensor on {beta.device}")
             if not 0 <= beta < 1:
                 raise ValueError(f"betas[{index}] must be at least 0 and below 1, got {beta}")
+        group["betas"] = tuple(map(number, betas))
 
     @staticmethod
     def _number_columns(numbers: list[tuple]) -> dict[str, list[float]]:

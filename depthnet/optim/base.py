@@ -29,12 +29,16 @@ class ScaledOptimizer(torch.optim.Optimizer):
     kernel: str  # which kernels run: adam or sgd
     _step_supports_amp_scaling = True  # GradScaler then leaves grad_scale and found_inf to the step
     _plan: Plan | None = None
+    _unwritten: dict[
+        int, Tensor
+    ]  # by the id of a parameter, its momentum buffer if still unwritten
 
     def __init__(self, params, defaults: dict):
         name = f"depthnet.optim.{type(self).__name__}"
+        self._unwritten = {}
         if isinstance(params, torch.nn.Module):
             params = param_groups(params, self.rule)
-        else:
+        elif not isinstance(params, Tensor):  # which torch refuses
             params = [_listed(item) if isinstance(item, dict) else item for item in params]
             bare = [item for item in params if not isinstance(item, dict)]
             for group in params:
@@ -109,6 +113,7 @@ class ScaledOptimizer(torch.optim.Optimizer):
             if "step" in entry and not isinstance(entry["step"], Tensor):
                 entry["step"] = torch.tensor(float(entry["step"]), device="cpu")
         super().__setstate__(state)
+        self._unwritten = {}
 
     def torch_state_dict(self) -> dict:
         """The state in the form of torch.optim's, every scale multiplied out, to load there.
@@ -233,8 +238,6 @@ def _rates(
 ) -> float | Tensor:
     """A number, or a float64 tensor of finite numbers >= 0."""
     if isinstance(value, Tensor) and value.ndim == 0 and keep_scalar_tensor:
-        if value.device.type != "cpu" and value.dtype != torch.float32:
-            raise TypeError(f"{argument} on {value.device} must be float32, got {value.dtype}")
         if value.device.type == "cpu" and not value >= 0:
             raise ValueError(f"{argument} must be finite and not negative, got {value!r}")
         return value

@@ -19,7 +19,14 @@ from depthnet.kernels import reference
 from depthnet.kernels.dispatch import choice
 from depthnet.kernels.optimizer import run_step, select_for_step
 from depthnet.kernels.reference import gradient_factor
-from depthnet.kernels.step import ADDRESSES, GROUP, StepTables, describe
+from depthnet.kernels.step import (
+    ADDRESSES,
+    GROUP,
+    StepTables,
+    describe,
+    describe_step,
+    tensors_of_step,
+)
 from depthnet.scaling.groups import SCALES
 
 
@@ -46,12 +53,13 @@ class Plan:
         for i in active:
             place = dict.fromkeys(ADDRESSES, -1) | {"param": i, "grad": len(self.params) + i}
             state = optimizer.state.get(self.params[i], {})
-            fresh.append(optimizer.kernel == "sgd" and state.get("momentum_buffer") is None)
             for column, key in optimizer._make_state(self.params[i], state, groups[group_of[i]]):
                 place[column] = 2 * len(self.params) + len(self.sources)
                 self.sources.append((state, key))
             if state:
                 optimizer.state[self.params[i]] = state
+            unwritten = optimizer._unwritten.get(id(self.params[i]))
+            fresh.append(unwritten is not None and unwritten is state.get("momentum_buffer"))
             places.append(list(place.values()))
 
         self.state, self.entries = optimizer.state, list(optimizer.state.values())
@@ -59,13 +67,16 @@ class Plan:
         self.scales = [group[key] for group in groups for key in SCALES]
         self.vectors = [scale for scale in self.scales if isinstance(scale, Tensor)]
         self.versions = [vector._version for vector in self.vectors]
-        tensors = self._tensors()
+        tensors = tensors_of_step(self.params, self.sources)
         self.sharded = [i for i, tensor in enumerate(tensors) if local(tensor) is not tensor]
         tensors = self._local(tensors)
         self.forms = describe(tensors)[1]
         self.numbers, self.groups = [], np.zeros(len(groups), GROUP)
+        self.lrs: dict[int, Tensor] | None = None  # by their groups
         self._read_numbers(optimizer)
 
+        # Momentum buffers that no step has written yet: their first gradient is not dampened.
+        self.fresh = [id(self.params[i]) for i, new in zip(active, fresh, strict=True) if new]
         batches = {}
         for i, place, new in zip(active, places, fresh, strict=True):
             group = groups[group_of[i]]
@@ -80,10 +91,6 @@ class Plan:
             )
             for (device, backend), rows in batches.items()
         ]
-
-    def _tensors(self) -> list[Tensor | None]:
-        grads = [param.grad for param in self.params]
-        return [*self.params, *grads, *[state[key] for state, key in self.sources]]
 
     def _local(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
         for i in self.sharded:
@@ -105,7 +112,10 @@ class Plan:
             for name, column in optimizer._number_columns(numbers).items():
                 self.groups[name] = column
             lrs = [(i, group["lr"]) for i, group in enumerate(optimizer.param_groups)]
-            self.lrs = {i: lr for i, lr in lrs if isinstance(lr, Tensor)}
+            lrs = {i: lr for i, lr in lrs if isinstance(lr, Tensor)}
+            if self.lrs is not None and not identical(on_devices(lrs), on_devices(self.lrs)):
+                return False  # what `check_gradient` asks of them
+            self.lrs = lrs
             self.groups["lr_address"] = 0
         for i, lr in self.lrs.items():
             if lr.device.type == "cpu":
@@ -128,15 +138,16 @@ class Plan:
         )
         if not unchanged:
             return False
-        try:
-            tensors = self._local(self._tensors())
-        except KeyError:  # a state was taken away
-            return False
-        addresses, forms = describe(tensors)
-        if not np.array_equal(forms, self.forms):
+        tensors = None
+        if self.sharded or any(batch.backend is reference for batch in self.batches):
+            tensors = tensors_of_step(self.params, self.sources)
+            described = None if tensors is None else describe(self._local(tensors))
+        else:
+            described = describe_step(self.params, self.sources)
+        if described is None or not np.array_equal(described[1], self.forms):
             return False
         for batch in self.batches:
-            batch.refresh(tensors, addresses)
+            batch.refresh(tensors, described[0])
         return True
 
     def run(self, optimizer) -> None:
@@ -150,6 +161,12 @@ class Plan:
             max_norm = None
         for batch in self.batches:
             batch.run(grad_scale, found_inf, max_norm, self.lrs)
+        if self.fresh and not (found_inf is not None and found_inf.item()):
+            for param in self.fresh:
+                optimizer._unwritten.pop(param)
+            self.fresh = []
+            for batch in self.batches:
+                batch.set_written()
 
 
 class Batch:
@@ -169,8 +186,8 @@ class Batch:
             groups=numbers,
             fresh=fresh,
             rounding=[
-                i + 1 if group["stochastic_rounding"] and param.dtype.itemsize == 2 else 0
-                for i, group, param in zip(indices, own, params, strict=True)
+                i + 1 if group["stochastic_rounding"] and not group["master_weights"] else 0
+                for i, group in zip(indices, own, strict=True)
             ],
         )
         if backend is not reference:
@@ -182,7 +199,8 @@ class Batch:
         pairs = zip(ADDRESSES, self.places.T.tolist(), strict=True)
         return {name: [tensors[at] if at >= 0 else None for at in column] for name, column in pairs}
 
-    def refresh(self, tensors: list[Tensor | None], addresses: np.ndarray) -> None:
+    def refresh(self, tensors: list[Tensor | None] | None, addresses: np.ndarray) -> None:
+        """New addresses; `tensors` are needed where the reference runs."""
         if self.backend is reference:
             self.tables.columns = self._columns(tensors)
             return
@@ -200,21 +218,27 @@ class Batch:
         tables = self.tables
         device = tables.scales.device
         tables.lrs = {i: lr for i, lr in lrs.items() if lr.device == device}
-        tables.grad_scale = None if grad_scale is None else grad_scale.to(device, torch.float32)
-        tables.found_inf = None if found_inf is None else found_inf.to(device, torch.float32)
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        tables.grad_scale = None if grad_scale is None else grad_scale.to(device, dtype)
+        tables.found_inf = None if found_inf is None else found_inf.to(device, dtype)
         tables.max_grad_norm = max_norm
         run_step(self.backend, tables)
         if self.backend is reference:
             tables.columns = {"param": tables.params}
-        if any(tables.fresh):
-            tables.fresh = [False] * len(tables.fresh)
-            if self.backend is not reference:
-                tables.tensors["fresh"] = 0
+
+    def set_written(self) -> None:
+        self.tables.fresh = [False] * len(self.tables.fresh)
+        if self.backend is not reference:
+            self.tables.tensors["fresh"] = 0
 
 
 def identical(left: list, right: list) -> bool:
     """Whether two lists hold the same objects."""
     return len(left) == len(right) and all(map(operator.is_, left, right))
+
+
+def on_devices(lrs: dict[int, Tensor]) -> list[Tensor]:
+    return [lr for lr in lrs.values() if lr.device.type != "cpu"]
 
 
 def check_gradient(optimizer, param: Tensor, group: dict) -> None:
@@ -233,6 +257,8 @@ def check_gradient(optimizer, param: Tensor, group: dict) -> None:
         raise ValueError(
             f"lr must be on the CPU or with its parameter, {param.device}, got {lr.device}"
         )
+    if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.dtype != torch.float32:
+        raise TypeError(f"lr on {lr.device} must be float32, got {lr.dtype}")
     if not is_distributed(param):
         return
     placements = param.placements

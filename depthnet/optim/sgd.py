@@ -100,8 +100,11 @@ class SGD(ScaledOptimizer):
     def _make_state(self, param: Tensor, state: dict, group: dict) -> list[tuple[str, str]]:
         columns = [*self._make_master(param, state, group)]
         if group["momentum"] != 0:
+            made = state.get("momentum_buffer") is None
             self._make_moments(param, state, ["momentum_buffer"])
             columns.append(("state0", "momentum_buffer"))
+            if made:
+                self._unwritten[id(param)] = state["momentum_buffer"]
         if group["stochastic_rounding"]:
             self._make_step(param, state)
             columns.append(("step", "step"))
