@@ -15,30 +15,20 @@ class DeviceTables:
     Attributes:
         tensors: (N, 14) and groups: (G, 9), rows as in csrc/math/step.h, doubles by their bits.
         scales: float64 (3, slices).
-        chunks: (C, 4) rows (tensor, slice, begin, end): at most `chunk` elements of one slice of a
-            tensor, `slice` counting over all tensors, begin and end from the tensor's start.
+        chunks: (C, 4), see `chunk_table`.
         arrived: int32 (N,) zeros, for a kernel that counts a tensor's chunks; it leaves zeros behind.
-        partial_sums: float32 (C,), for the norm of the gradients.
-        norm: float32 (1,), likewise.
+        partial_sums: float64 (C,), for the norm of the gradients.
+        norm: float64 (1,), likewise.
     """
 
     def __init__(self, tables: StepTables, chunk: int):
         device = tables.scales.device
-        rows = []
-        for tensor, row in enumerate(tables.tensors):
-            length = row["size"] // max(row["slices"], 1)
-            begins = np.arange(0, length, chunk)
-            starts = np.arange(row["slices"]) * length
-            begin = (starts[:, None] + begins).ravel()
-            end = (starts[:, None] + np.minimum(begins + chunk, length)).ravel()
-            index = np.repeat(row["first_slice"] + np.arange(row["slices"]), len(begins))
-            rows.append(np.stack([np.full_like(begin, tensor), index, begin, end], 1))
-        chunks = np.concatenate(rows) if rows else np.zeros((0, 4), np.int64)
+        chunks = chunk_table(tables.tensors, chunk)
         self.scales = tables.scales
         self.chunks = torch.from_numpy(chunks).to(device)
         self.arrived = torch.zeros(len(tables.params), dtype=torch.int32, device=device)
-        self.partial_sums = torch.zeros(len(chunks), dtype=torch.float32, device=device)
-        self.norm = torch.zeros(1, dtype=torch.float32, device=device)
+        self.partial_sums = torch.zeros(len(chunks), dtype=torch.float64, device=device)
+        self.norm = torch.zeros(1, dtype=torch.float64, device=device)
         self._uploads = {}
         self.refresh(tables)
 
@@ -53,6 +43,21 @@ class DeviceTables:
             upload = self._uploads[name] = _Upload(table, self.chunks.device)
         upload.refresh(table)
         return upload.words
+
+
+def chunk_table(tensors: np.ndarray, chunk: int) -> np.ndarray:
+    """int64 rows (tensor, slice, begin, end): at most `chunk` elements of one slice of a tensor, `slice`
+    counting over all tensors, begin and end from the tensor's start."""
+    tensor = np.repeat(np.arange(len(tensors)), tensors["slices"])  # of each slice
+    number = np.arange(len(tensor))
+    length = tensors["size"][tensor] // tensors["slices"][tensor]
+    start = (number - tensors["first_slice"][tensor]) * length
+    count = -(-length // chunk)
+    slice_of = np.repeat(number, count)
+    before = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    begin = start[slice_of] + before * chunk
+    end = np.minimum(begin + chunk, (start + length)[slice_of])
+    return np.stack([tensor[slice_of], slice_of, begin, end], 1)
 
 
 class _Upload:
@@ -86,9 +91,9 @@ class _Upload:
 
 def device_tables(tables: StepTables, chunk: int) -> DeviceTables:
     """The device's copy, which lives as long as the tables do."""
-    copy = tables.__dict__.get("_device_tables")
-    if copy is None:
-        copy = tables.__dict__["_device_tables"] = DeviceTables(tables, chunk)
+    copies = tables.__dict__.setdefault("_device_tables", {})
+    if chunk in copies:
+        copies[chunk].refresh(tables)
     else:
-        copy.refresh(tables)
-    return copy
+        copies[chunk] = DeviceTables(tables, chunk)
+    return copies[chunk]
