@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 NATIVE := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: transfer test sanitize lint bench wheel clean
+.PHONY: transfer test sanitize lint audit bench wheel clean
 
 transfer: $(VENV)/.run
 	$(BIN)/depthnet transfer $(ARGS)
@@ -26,6 +26,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The GPU kernels compiled ahead of time, without a GPU: registers, spills, widths of accesses, launches.
+audit: $(VENV)/.dev
+	$(BIN)/python bench/gpu_audit.py
+	VENV=$(VENV) .ci/cuda
+
 # Timings of one run may be compared with each other, never with those of another run.  ARGS are throughput.py's.
 bench: $(VENV)/.run
 	$(BIN)/python bench/residual.py
@@ -38,7 +43,7 @@ wheel: $(VENV)/.dev
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info depthnet/_C*.so depthnet/_C_left_out.txt
+	rm -rf $(VENV) build dist runs *.egg-info depthnet/_C*.so depthnet/_C*_left_out.txt
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)

@@ -20,14 +20,17 @@ except ImportError as error:
 
 
 @cache
-def _missing() -> str | None:
-    """Why nothing can run here.  Asks the driver, after which this process must not be forked."""
+def missing() -> list[str]:
+    """Why nothing can run here; empty if something can.
+
+    It may ask the driver, after which this process can no longer be forked to use a GPU.
+    """
     if _C_cuda is None:
-        return MISSING
+        return [MISSING]
     if torch.version.cuda is None:
-        return "this torch is built without CUDA"
-    missing = _C_cuda.missing()
-    return missing and f"the CUDA kernels cannot run: {missing}"
+        return ["this torch is built without CUDA"]
+    reason = _C_cuda.missing()
+    return [f"the CUDA kernels cannot run: {reason}"] if reason else []
 
 
 def unsupported(op: str, *tensors: Tensor) -> list[str]:
@@ -38,8 +41,7 @@ def unsupported(op: str, *tensors: Tensor) -> list[str]:
     for tensor in tensors:
         if not tensor.is_cuda:
             return [*reasons, f"a tensor is on {tensor.device}"]
-    missing = _missing()
-    return [missing, *reasons] if missing else reasons
+    return [*missing(), *reasons]
 
 
 def details() -> str:
@@ -55,11 +57,12 @@ def optimizer_step_(tables: StepTables) -> None:
     table = device_tables(tables, _C_cuda.CHUNK)
     device = table.scales.device
     max_grad_norm = torch.inf if tables.max_grad_norm is None else tables.max_grad_norm
-    _C_cuda.optimizer_step(
-        *(tables.rule == "adam", table.tensors.data_ptr(), len(table.tensors)),
-        *(table.groups.data_ptr(), table.scales.data_ptr(), table.scales.shape[1]),
-        *(table.chunks.data_ptr(), len(table.chunks), table.arrived.data_ptr()),
-        *(table.partial_sums.data_ptr(), table.norm.data_ptr()),
-        *(_address(tables.grad_scale), _address(tables.found_inf), max_grad_norm),
-        *(device.index, torch.cuda.current_stream(device).cuda_stream),
-    )
+    with torch.cuda.device(device):
+        _C_cuda.optimizer_step(
+            *(tables.rule == "adam", table.tensors.data_ptr(), len(table.tensors)),
+            *(table.groups.data_ptr(), table.scales.data_ptr(), table.scales.shape[1]),
+            *(table.chunks.data_ptr(), len(table.chunks), table.arrived.data_ptr()),
+            *(table.partial_sums.data_ptr(), table.norm.data_ptr()),
+            *(_address(tables.grad_scale), _address(tables.found_inf), max_grad_norm),
+            *(device.index, torch.cuda.current_stream().cuda_stream),
+        )

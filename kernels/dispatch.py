@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from depthnet._checks import one_of
-from depthnet.kernels import cpu, reference
+from depthnet.kernels import cpu, cuda, reference, triton
 
-BACKENDS = {"cpu": cpu, "reference": reference}  # in the order in which `auto` tries them
+# In the order in which `auto` tries them.
+BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton, "reference": reference}
 
 _choice = one_of(
     "DEPTHNET_BACKEND", os.environ.get("DEPTHNET_BACKEND", "auto"), ["auto", *BACKENDS]
@@ -26,7 +27,7 @@ _choice = one_of(
 
 @contextmanager
 def use_backend(name: str):
-    """Run the operators inside the `with` block on one backend: `reference`, `cpu`, or `auto`.
+    """Run the operators inside the `with` block on one backend, by its name, or on `auto`.
 
     The choice is the process's, like torch.backends' flags, so that the autograd engine's threads see
     it.  DEPTHNET_BACKEND sets it at import.  A named backend that cannot run an operator raises a
@@ -61,7 +62,7 @@ def backends() -> list[BackendStatus]:
     """Every backend, in the order in which `auto` tries them."""
     status = []
     for name, backend in BACKENDS.items():
-        reasons = backend.unsupported("scaled_residual")
+        reasons = backend.missing()
         status.append(
             BackendStatus(name, not reasons, reasons, "" if reasons else backend.details())
         )
