@@ -39,6 +39,10 @@ if X86:
     ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16", "-DDEPTHNET_ISA_AVX512=1"]
 
 
+# Each operation of an optimizer is rounded, whichever products a compiler would like to fuse with sums:
+# results are then the same bits wherever an element lies, and on every instruction set.
+OWN_FLAGS = {"csrc/cpu/optimizer.cpp": ["-ffp-contract=off"]}
+
 CUDA_ARCHITECTURES = ["8.0", "9.0", "10.0"]  # where TORCH_CUDA_ARCH_LIST is not set
 
 
@@ -134,7 +138,7 @@ class BuildNative(build_ext):
                 pybind11.get_include(),
                 *self.compiler.include_dirs,
             ],
-            extra_postargs=[*common, *flags, *last_word],
+            extra_postargs=[*common, *flags, *OWN_FLAGS.get(source, []), *last_word],
             depends=native.depends,
         )
         return built

@@ -19,12 +19,14 @@ def unique(values) -> list:
     return list(dict.fromkeys(values))
 
 
-def grouped_bars(axis, labels: list[str], heights: dict[str, list[float]]) -> None:
+def grouped_bars(
+    axis, labels: list[str], heights: dict[str, list[float]], colours: dict[str, str] = COLOURS
+) -> None:
     """A group of bars for each label, in it a bar for each provider."""
     width = 0.8 / len(heights)
     for offset, (provider, values) in enumerate(heights.items()):
         places = [index + width * (offset - (len(heights) - 1) / 2) for index in range(len(values))]
-        axis.bar(places, values, width, color=COLOURS[provider], label=provider)
+        axis.bar(places, values, width, color=colours[provider], label=provider)
     axis.set_xticks(range(len(labels)), labels)
     axis.grid(axis="y", alpha=0.3)
 
@@ -138,6 +140,60 @@ def speedups(axis, rows: list[dict]) -> None:
     axis.grid(axis="x", alpha=0.3)
 
 
+def optimizer() -> None:
+    rows = read_csv("optimizer.csv")
+    colours = {
+        "depthnet, a group each": COLOURS["depthnet"],
+        "depthnet, stacked": "#56B4E9",
+        "torch compile, one lr": COLOURS["compile"],
+        "torch foreach, one lr": "#F0E442",
+        "torch foreach, a group each": "#CC79A7",
+        "torch fused, a group each": COLOURS["eager"],
+        "copy": COLOURS["copy"],
+    }
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    stacks, right = figure.subfigures(2, 1)
+    axis = stacks.subplots()
+    times = milliseconds([row for row in rows if row["section"] == "stack"], ("n", "tensors"))
+    labels = [f"n={n}, L={tensors}" for n, tensors in times]
+    relative = {
+        provider: [ms[provider] / ms["torch fused, one lr"] for ms in times.values()]
+        for provider in colours
+    }
+    grouped_bars(axis, labels, relative, colours)
+    axis.axhline(1, color="black", linewidth=1, label="torch fused, one lr")
+    axis.set_yscale("log")
+    axis.set_title("AdamW step on L weights (n, n), float32")
+    axis.set_ylabel("time, relative to torch fused with one lr")
+    axis.legend(loc="upper right", ncols=2, fontsize=8)
+    many, small = right.subplots(1, 2, width_ratios=(1.3, 1))
+    own = {row["provider"]: float(row["ms"]) for row in rows if row["section"] == "many"}
+    bars = many.barh(list(own), list(own.values()), color=[colours.get(p, "black") for p in own])
+    many.bar_label(bars, fmt="%.0f ms", padding=3)
+    many.invert_yaxis()
+    many.margins(x=0.15)
+    many.set_title("10,000 tensors of 1,000 elements")
+    many.set_xlabel("ms a step")
+    for provider, colour in (
+        ("depthnet, one lr", COLOURS["depthnet"]),
+        ("torch fused, one lr", "black"),
+    ):
+        own = [
+            (int(row["tensors"]), float(row["ms"]) * 1e3)
+            for row in rows
+            if (row["section"], row["provider"]) == ("overhead", provider)
+        ]
+        small.plot(*zip(*own, strict=True), "o-", color=colour, label=provider)
+    small.set_xscale("log")
+    small.set_yscale("log")
+    small.set_title("tensors of 4 elements")
+    small.set_xlabel("tensors")
+    small.set_ylabel("microseconds a step")
+    small.grid(alpha=0.3)
+    small.legend()
+    save(figure, "optimizer step", rows[0], "optimizer.png")
+
+
 def memory() -> None:
     rows = read_csv("memory.csv")
     styles = {
@@ -176,4 +232,5 @@ def memory() -> None:
 if __name__ == "__main__":
     residual()
     throughput()
+    optimizer()
     memory()

@@ -55,6 +55,12 @@ struct Described {
       *address++ = *form++ = 0;
       return;
     }
+    int64_t size = 1;
+    for (int32_t d = 0; d < t.ndim; ++d) size *= t.shape[d];
+    if (!t.data && size) {
+      *address++ = *form++ = 0;
+      return;
+    }
     *address++ = int64_t(reinterpret_cast<uintptr_t>(t.data)) + int64_t(t.byte_offset);
     *form = fingerprint(t);
     if (may_be_negated) {

@@ -10,7 +10,7 @@ namespace depthnet {
 bool use_exchange_api(pybind11::capsule api);
 
 // Writes, for N tensors, N addresses and then N fingerprints of dtype, device, shape, strides and whether
-// the tensor is a negated view: equal for tensors that are laid out alike.  Both are 0 for None and for what has no memory of its own (sparse).
+// the tensor is a negated view: equal for tensors that are laid out alike.  Both are 0 for None and for what has no memory of its own (sparse, wrapped, fake).
 void describe(pybind11::list tensors, uintptr_t out);
 
 // The same for parameters, their gradients, and the states (no negated views) that `sources`, tuples (dict, key), name; false

@@ -246,7 +246,11 @@ def run_doctor(options: argparse.Namespace) -> int:
     accelerator = (
         torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     )
-    where = f"{accelerator}; residual operators run there on the reference backend" if accelerator else "none found"
+    where = (
+        f"{accelerator}; residual operators run there on the reference backend"
+        if accelerator
+        else "none found"
+    )
     console.print(f"  accelerator: {where}", highlight=False)
     for requirement in ("triton", "matplotlib", "scikit-learn", "optuna", "rich"):
         try:

@@ -59,8 +59,8 @@ def optimizer_step_(tables: StepTables) -> None:
     max_grad_norm = torch.inf if tables.max_grad_norm is None else tables.max_grad_norm
     with torch.cuda.device(device):
         _C_cuda.optimizer_step(
-            *(tables.rule == "adam", table.tensors.data_ptr(), len(table.tensors)),
-            *(table.groups.data_ptr(), table.scales.data_ptr(), table.scales.shape[1]),
+            *(tables.rule == "adam", table.tensors.data_ptr(), table.groups.data_ptr()),
+            *(table.scales.data_ptr(), table.scales.shape[1]),
             *(table.chunks.data_ptr(), len(table.chunks), table.arrived.data_ptr()),
             *(table.partial_sums.data_ptr(), table.norm.data_ptr()),
             *(_address(tables.grad_scale), _address(tables.found_inf), max_grad_norm),

@@ -46,7 +46,7 @@ class StepTables:
         group: for each parameter, its row in `groups`.
         groups: structured array of GROUP; SGD's momentum and dampening are beta1 and beta2.
         lrs: for some rows of `groups` a 0-dim tensor that takes the place of the number lr.
-        fresh: for each parameter whether its momentum buffer is still unwritten.
+        fresh: for each parameter whether its momentum buffer, zeros, is still unwritten.
         rounding: for each parameter 0, or 1 + the number that its stochastic rounding depends on; that
             of 16-bit parameters without a master.
         grad_scale, found_inf: tensors of one element: gradients are divided by the one; nothing is

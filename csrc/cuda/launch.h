@@ -19,7 +19,6 @@ struct StepChunk {
 // The tables, all in the GPU's memory; see kernels/device_tables.py.
 struct StepLaunch {
   const StepTensor* tensors;
-  int64_t tensor_count;
   const StepGroup* groups;
   const double* scales;  // lr of every slice, then eps, then weight decay
   int64_t slice_count;

@@ -35,15 +35,13 @@ const char* depthnet_cuda_missing() {
 
 const char* depthnet_cuda_step(bool adam, const StepLaunch* launch, int device, uintptr_t stream_address) {
   const StepLaunch& s = *launch;
+  if (s.chunk_count == 0) return nullptr;  // no tensor has elements
   cudaSetDevice(device);  // of this runtime, which is not torch's
   const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
-  if (std::isfinite(s.max_grad_norm) && s.chunk_count)
-    norm_kernel<<<unsigned(s.chunk_count), kThreads, 0, stream>>>(s);
-  const unsigned blocks = s.chunk_count ? unsigned(s.chunk_count) : 1;
-  if (adam)
-    step_kernel<Adam><<<blocks, kThreads, 0, stream>>>(s);
-  else
-    step_kernel<Sgd><<<blocks, kThreads, 0, stream>>>(s);
+  const auto blocks = unsigned(s.chunk_count);
+  if (std::isfinite(s.max_grad_norm)) norm_kernel<<<blocks, kThreads, 0, stream>>>(s);
+  if (adam) step_kernel<Adam><<<blocks, kThreads, 0, stream>>>(s);
+  else step_kernel<Sgd><<<blocks, kThreads, 0, stream>>>(s);
   return message(cudaGetLastError());
 }
 

@@ -166,16 +166,10 @@ DEPTHNET_DEVICE void prepare(const StepLaunch& s, const StepChunk& chunk, StepSh
     shared.rounding_keys[i] = rounding_key(t.rounding, step, (chunk.begin >> 32) + i);
 }
 
-// A block of the step; there is at least one.
+// A block of the step; there is one for each chunk.
 template <class Rule>
 DEPTHNET_DEVICE void step_block(const Block& block, const StepLaunch& s, StepShared<Rule>& shared) {
   if (s.found_inf && *s.found_inf != 0) return;
-  if (block.number == 0)  // tensors without elements have no chunk, and count the step all the same
-    block.each_thread([&](int thread) {
-      for (int64_t i = thread; i < s.tensor_count; i += kThreads)
-        if (s.tensors[i].size == 0 && s.tensors[i].step) *at<float>(s.tensors[i].step) += 1;
-    });
-  if (block.number >= s.chunk_count) return;
   const StepChunk chunk = s.chunks[block.number];
   const StepTensor t = s.tensors[chunk.tensor];
   block.each_thread([&](int thread) {

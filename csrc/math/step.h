@@ -19,7 +19,7 @@ struct StepTensor {
   int64_t first_slice;  // of this tensor, in the table of slices
   int64_t group;        // in the table of groups
   int64_t dtype;        // storage type, see below
-  int64_t fresh;        // SGD: 1 if the momentum buffer has not been written yet
+  int64_t fresh;        // SGD: 1 if the momentum buffer, zeros, has not been written yet
   int64_t rounding;     // 16 bits without master: 0, to nearest, or 1 + the tensor's number, stochastically
 };
 

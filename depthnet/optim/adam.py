@@ -41,7 +41,6 @@ class Adam(ScaledOptimizer):
             parametrization scales learning rates are given.
     """
 
-    rule = "adam"
     kernel = "adam"
     _numbers = staticmethod(
         itemgetter(
@@ -70,8 +69,6 @@ class Adam(ScaledOptimizer):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
     ):
-        if decoupled_weight_decay:
-            self.rule = "adamw"
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -88,7 +85,7 @@ class Adam(ScaledOptimizer):
             "master_weights": master_weights,
             "stochastic_rounding": stochastic_rounding,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, "adamw" if decoupled_weight_decay else "adam")
 
     def _check_numbers(self, group: dict) -> None:
         betas = group["betas"]
@@ -128,8 +125,6 @@ class AdamW(Adam):
 
     Under width and depth rules lr * weight_decay stays fixed for every layer.
     """
-
-    rule = "adamw"
 
     def __init__(
         self,

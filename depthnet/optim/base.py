@@ -23,21 +23,19 @@ class ScaledOptimizer(torch.optim.Optimizer):
     parameters: of shape (L,) for a stack of L layers, (P,) or (P, L) for a population of P networks.
     A vector of learning rates becomes part of `lr_scale`, and `group["lr"]` is then 1.0, the factor
     that schedulers move.
+
+    Args:
+        rule: whose rules of scaling.Rule apply: `adamw`, `adam` or `sgd`.
     """
 
-    rule: str  # whose rules of scaling.Rule apply: adamw, adam or sgd
     kernel: str  # which kernels run: adam or sgd
     _step_supports_amp_scaling = True  # GradScaler then leaves grad_scale and found_inf to the step
     _plan: Plan | None = None
-    _unwritten: dict[
-        int, Tensor
-    ]  # by the id of a parameter, its momentum buffer if still unwritten
 
-    def __init__(self, params, defaults: dict):
+    def __init__(self, params, defaults: dict, rule: str):
         name = f"depthnet.optim.{type(self).__name__}"
-        self._unwritten = {}
         if isinstance(params, torch.nn.Module):
-            params = param_groups(params, self.rule)
+            params = param_groups(params, rule)
         elif not isinstance(params, Tensor):  # which torch refuses
             params = [_listed(item) if isinstance(item, dict) else item for item in params]
             bare = [item for item in params if not isinstance(item, dict)]
@@ -45,12 +43,12 @@ class ScaledOptimizer(torch.optim.Optimizer):
                 if isinstance(group, dict) and not set(SCALES) & set(group):
                     bare += group["params"]
             bare = [item[1] if isinstance(item, tuple) else item for item in bare]  # (name, tensor)
-            check_unscaled(bare, self.rule, name)
+            check_unscaled(bare, rule, name)
             for group in params:
-                if isinstance(group, dict) and group.get("rule", self.rule) != self.rule:
+                if isinstance(group, dict) and group.get("rule", rule) != rule:
                     raise ValueError(
                         f"params: the group {group.get('name')!r} follows the rule {group['rule']!r}; "
-                        f"{name} needs model.param_groups({self.rule!r})"
+                        f"{name} needs model.param_groups({rule!r})"
                     )
         super().__init__(params, {**defaults, **dict.fromkeys(SCALES, 1.0)})
 
@@ -113,7 +111,6 @@ class ScaledOptimizer(torch.optim.Optimizer):
             if "step" in entry and not isinstance(entry["step"], Tensor):
                 entry["step"] = torch.tensor(float(entry["step"]), device="cpu")
         super().__setstate__(state)
-        self._unwritten = {}
 
     def torch_state_dict(self) -> dict:
         """The state in the form of torch.optim's, every scale multiplied out, to load there.
@@ -210,6 +207,7 @@ class ScaledOptimizer(torch.optim.Optimizer):
                 state[key] = torch.zeros_like(param, dtype=dtype)
             elif state[key].dtype != dtype:
                 state[key] = state[key].to(dtype)
+            check_shape(param, state, key)
 
     @staticmethod
     def _make_master(param: Tensor, state: dict, group: dict) -> list[tuple[str, str]]:
@@ -217,7 +215,16 @@ class ScaledOptimizer(torch.optim.Optimizer):
             return []
         if "master_param" not in state:
             state["master_param"] = param.detach().to(torch.float32)
+        check_shape(param, state, "master_param")
         return [("master", "master_param")]
+
+
+def check_shape(param: Tensor, state: dict, key: str) -> None:
+    if state[key].shape != param.shape:
+        raise ValueError(
+            f"state: {key} must have the shape of its parameter, {tuple(param.shape)}, got "
+            f"{tuple(state[key].shape)}"
+        )
 
 
 def _listed(group: dict) -> dict:
@@ -230,6 +237,11 @@ def number(value: float | Tensor) -> float:
     """The value; NaN for what is on a device, where kernels read it themselves."""
     if not isinstance(value, Tensor):
         return value
+    if value.numel() != 1:
+        raise ValueError(
+            "lr and the other numbers of a group must be single ones, got the shape "
+            f"{tuple(value.shape)}; vectors of rates go into lr_scale"
+        )
     return value.item() if value.device.type == "cpu" else torch.nan
 
 

@@ -46,20 +46,25 @@ class Plan:
         active = [i for i, param in enumerate(self.params) if param.grad is not None]
         for i in active:
             check_gradient(optimizer, self.params[i], groups[group_of[i]])
+        # States are the optimizer's once a step has written them: not if it is refused or skipped.
+        self.pending: list[tuple[Tensor, dict]] = []
         # All tensors of a step in one list: parameters, gradients, and from here on states, each an entry
         # of the dictionary that the optimizer keeps for a parameter.
         self.sources: list[tuple[dict, str]] = []
         places, fresh = [], []
         for i in active:
             place = dict.fromkeys(ADDRESSES, -1) | {"param": i, "grad": len(self.params) + i}
-            state = optimizer.state.get(self.params[i], {})
-            for column, key in optimizer._make_state(self.params[i], state, groups[group_of[i]]):
+            old = optimizer.state.get(self.params[i], {})
+            state = dict(old)
+            columns = optimizer._make_state(self.params[i], state, groups[group_of[i]])
+            if identical(list(state.values()), list(old.values())):
+                state = old
+            else:
+                self.pending.append((self.params[i], state))
+            fresh.append(optimizer.kernel == "sgd" and old.get("momentum_buffer") is None)
+            for column, key in columns:
                 place[column] = 2 * len(self.params) + len(self.sources)
                 self.sources.append((state, key))
-            if state:
-                optimizer.state[self.params[i]] = state
-            unwritten = optimizer._unwritten.get(id(self.params[i]))
-            fresh.append(unwritten is not None and unwritten is state.get("momentum_buffer"))
             places.append(list(place.values()))
 
         self.state, self.entries = optimizer.state, list(optimizer.state.values())
@@ -69,14 +74,13 @@ class Plan:
         self.versions = [vector._version for vector in self.vectors]
         tensors = tensors_of_step(self.params, self.sources)
         self.sharded = [i for i, tensor in enumerate(tensors) if local(tensor) is not tensor]
+        self.placements = placements(tensors, self.sharded)
         tensors = self._local(tensors)
         self.forms = describe(tensors)[1]
         self.numbers, self.groups = [], np.zeros(len(groups), GROUP)
         self.lrs: dict[int, Tensor] | None = None  # by their groups
         self._read_numbers(optimizer)
 
-        # Momentum buffers that no step has written yet: their first gradient is not dampened.
-        self.fresh = [id(self.params[i]) for i, new in zip(active, fresh, strict=True) if new]
         batches = {}
         for i, place, new in zip(active, places, fresh, strict=True):
             group = groups[group_of[i]]
@@ -100,7 +104,7 @@ class Plan:
     def _read_numbers(self, optimizer) -> bool:
         """Bring `groups` up to date; False if a changed option asks for other tables."""
         numbers = list(map(optimizer._numbers, optimizer.param_groups))
-        if numbers != self.numbers:
+        if not equal(numbers, self.numbers):
             if list(map(optimizer._structure, optimizer.param_groups)) != self.structure:
                 return False
             norms = list(dict.fromkeys(group["max_grad_norm"] for group in optimizer.param_groups))
@@ -141,7 +145,9 @@ class Plan:
         tensors = None
         if self.sharded or any(batch.backend is reference for batch in self.batches):
             tensors = tensors_of_step(self.params, self.sources)
-            described = None if tensors is None else describe(self._local(tensors))
+            if tensors is None or placements(tensors, self.sharded) != self.placements:
+                return False
+            described = describe(self._local(tensors))
         else:
             described = describe_step(self.params, self.sources)
         if described is None or not np.array_equal(described[1], self.forms):
@@ -161,10 +167,9 @@ class Plan:
             max_norm = None
         for batch in self.batches:
             batch.run(grad_scale, found_inf, max_norm, self.lrs)
-        if self.fresh and not (found_inf is not None and found_inf.item()):
-            for param in self.fresh:
-                optimizer._unwritten.pop(param)
-            self.fresh = []
+        if self.pending and not (found_inf is not None and found_inf.item()):
+            optimizer.state.update(self.pending)
+            self.entries, self.pending = list(optimizer.state.values()), []
             for batch in self.batches:
                 batch.set_written()
 
@@ -241,6 +246,13 @@ def on_devices(lrs: dict[int, Tensor]) -> list[Tensor]:
     return [lr for lr in lrs.values() if lr.device.type != "cpu"]
 
 
+def equal(left: list, right: list) -> bool:
+    try:
+        return left == right
+    except RuntimeError:  # of a vector's truth; `number` refuses it
+        return False
+
+
 def check_gradient(optimizer, param: Tensor, group: dict) -> None:
     """Raise unless the memory of a parameter and its gradient is known and belongs together."""
     name, grad = type(optimizer).__name__, param.grad
@@ -284,6 +296,10 @@ def check_gradient(optimizer, param: Tensor, group: dict) -> None:
 def is_distributed(tensor: Tensor) -> bool:
     module = sys.modules.get("torch.distributed.tensor")  # not imported: there are none
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def placements(tensors: list[Tensor | None], sharded: list[int]) -> list:
+    return [getattr(tensors[i], "placements", None) for i in sharded]
 
 
 def local(tensor: Tensor | None) -> Tensor | None:

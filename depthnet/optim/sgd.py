@@ -33,7 +33,6 @@ class SGD(ScaledOptimizer):
             parametrization scales learning rates are given.
     """
 
-    rule = "sgd"
     kernel = "sgd"
     _numbers = staticmethod(
         itemgetter(
@@ -76,7 +75,7 @@ class SGD(ScaledOptimizer):
             "master_weights": master_weights,
             "stochastic_rounding": stochastic_rounding,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, "sgd")
 
     def _check_numbers(self, group: dict) -> None:
         momentum = group["momentum"]
@@ -100,11 +99,8 @@ class SGD(ScaledOptimizer):
     def _make_state(self, param: Tensor, state: dict, group: dict) -> list[tuple[str, str]]:
         columns = [*self._make_master(param, state, group)]
         if group["momentum"] != 0:
-            made = state.get("momentum_buffer") is None
             self._make_moments(param, state, ["momentum_buffer"])
             columns.append(("state0", "momentum_buffer"))
-            if made:
-                self._unwritten[id(param)] = state["momentum_buffer"]
         if group["stochastic_rounding"]:
             self._make_step(param, state)
             columns.append(("step", "step"))

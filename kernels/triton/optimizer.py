@@ -197,7 +197,7 @@ def _sgd_constants(row, group, lr):
     fresh = tl.load(row + FRESH) != 0  # the first gradient of a buffer is not dampened
     one_minus_dampening = tl.where(fresh, 1.0, 1 - _number(group, BETA2))
     nesterov = _number(group, NESTEROV) != 0
-    return _number(group, BETA1), one_minus_dampening, lr, fresh, nesterov
+    return _number(group, BETA1), one_minus_dampening, lr, nesterov
 
 
 @triton.jit
@@ -234,12 +234,12 @@ def _adam(
 @triton.jit
 def _sgd(g, state0, offsets, mask, constants, ALIGN: tl.constexpr, MOMENTUM: tl.constexpr):
     """Write the momentum buffer and return what p moves by."""
-    momentum, one_minus_dampening, lr, fresh, nesterov = constants
+    momentum, one_minus_dampening, lr, nesterov = constants
     direction = g
     if MOMENTUM:
         exists = _exists(state0, offsets)
         momentum = momentum.to(g.dtype)
-        buffer = tl.where(fresh, 0.0, _load(state0, offsets, _both(mask, exists), ALIGN))
+        buffer = _load(state0, offsets, _both(mask, exists), ALIGN)
         buffer = momentum * buffer + one_minus_dampening.to(g.dtype) * g
         _store(state0, offsets, buffer, _both(mask, exists), ALIGN)
         moved = tl.where(nesterov, g + momentum * buffer, buffer)
