@@ -39,10 +39,7 @@ def groups(params: list[torch.Tensor]) -> list[dict]:
 
 
 def compiled(params: list[torch.Tensor]):
-    """torch's step under torch.compile.  Its learning rate is a tensor, as torch advises, so that a
-    scheduler does not make it compile again."""
-    optimizer = torch.optim.AdamW(params, lr=torch.tensor(1e-3), foreach=True, capturable=False)
-    return torch.compile(optimizer.step)
+    return torch.compile(torch.optim.AdamW(params).step)
 
 
 def copy(elements: int):

@@ -6,7 +6,7 @@ from operator import itemgetter
 
 from torch import Tensor
 
-from depthnet.optim.base import ScaledOptimizer, number
+from depthnet.optim.base import STRUCTURE, ScaledOptimizer, number
 
 
 class Adam(ScaledOptimizer):
@@ -42,13 +42,12 @@ class Adam(ScaledOptimizer):
     """
 
     kernel = "adam"
-    _numbers = staticmethod(
+    _settings = staticmethod(
         itemgetter(
-            *("max_grad_norm", "amsgrad", "master_weights", "stochastic_rounding"),
+            *(*STRUCTURE, "amsgrad"),
             *("lr", "eps", "weight_decay", "betas", "decoupled_weight_decay", "maximize"),
         )
     )
-    _structure = staticmethod(itemgetter("amsgrad", "master_weights", "stochastic_rounding"))
 
     def __init__(
         self,
@@ -99,8 +98,13 @@ class Adam(ScaledOptimizer):
         group["betas"] = tuple(map(number, betas))
 
     @staticmethod
-    def _number_columns(numbers: list[tuple]) -> dict[str, list[float]]:
-        lr, eps, weight_decay, betas, decoupled, maximize = list(zip(*numbers, strict=True))[4:]
+    def _structure(settings: tuple) -> tuple:
+        return settings[: len(STRUCTURE) + 1]
+
+    @staticmethod
+    def _number_columns(settings: list[tuple]) -> dict[str, list[float]]:
+        columns = list(zip(*settings, strict=True))[len(STRUCTURE) + 1 :]
+        lr, eps, weight_decay, betas, decoupled, maximize = columns
         return {
             "lr": list(map(number, lr)),
             "eps": list(map(number, eps)),

@@ -11,6 +11,9 @@ from depthnet.kernels.reference import stream_dtype
 from depthnet.optim.plan import Plan
 from depthnet.scaling.groups import SCALES, check_unscaled, param_groups
 
+# Keys of a group that decide what the tables of a step hold, for every optimizer.
+STRUCTURE = ("params", *SCALES, "max_grad_norm", "master_weights", "stochastic_rounding")
+
 # The hyperparameter that each scale multiplies.
 HYPERPARAMETERS = {scale: scale.removesuffix("_scale") for scale in SCALES}
 
@@ -183,8 +186,18 @@ class ScaledOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     @staticmethod
-    def _number_columns(numbers: list[tuple]) -> dict[str, list[float]]:
-        """What `_numbers` gave for each group, as columns of kernels.step.GROUP."""
+    def _settings(group: dict) -> tuple:
+        """STRUCTURE, and what else in a group a step depends on."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _structure(settings: tuple) -> tuple:
+        """Which of the settings decide what a step's tables hold: other than numbers of groups."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _number_columns(settings: list[tuple]) -> dict[str, list[float]]:
+        """The numbers of all groups, as columns of kernels.step.GROUP."""
         raise NotImplementedError
 
     def _make_state(self, param: Tensor, state: dict, group: dict) -> list[tuple[str, str]]:

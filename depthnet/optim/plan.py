@@ -68,18 +68,16 @@ class Plan:
             places.append(list(place.values()))
 
         self.state, self.entries = optimizer.state, list(optimizer.state.values())
-        self.structure = list(map(optimizer._structure, groups))
-        self.scales = [group[key] for group in groups for key in SCALES]
-        self.vectors = [scale for scale in self.scales if isinstance(scale, Tensor)]
+        scales = [group[key] for group in groups for key in SCALES]
+        self.vectors = [scale for scale in scales if isinstance(scale, Tensor)]
         self.versions = [vector._version for vector in self.vectors]
         tensors = tensors_of_step(self.params, self.sources)
         self.sharded = [i for i, tensor in enumerate(tensors) if local(tensor) is not tensor]
         self.placements = placements(tensors, self.sharded)
         tensors = self._local(tensors)
         self.forms = describe(tensors)[1]
-        self.numbers, self.groups = [], np.zeros(len(groups), GROUP)
-        self.lrs: dict[int, Tensor] | None = None  # by their groups
-        self._read_numbers(optimizer)
+        self.groups = np.zeros(len(groups), GROUP)
+        self._set(optimizer, list(map(optimizer._settings, groups)))
 
         batches = {}
         for i, place, new in zip(active, places, fresh, strict=True):
@@ -101,47 +99,49 @@ class Plan:
             tensors[i] = local(tensors[i])
         return tensors
 
-    def _read_numbers(self, optimizer) -> bool:
-        """Bring `groups` up to date; False if a changed option asks for other tables."""
-        numbers = list(map(optimizer._numbers, optimizer.param_groups))
-        if not equal(numbers, self.numbers):
-            if list(map(optimizer._structure, optimizer.param_groups)) != self.structure:
-                return False
-            norms = list(dict.fromkeys(group["max_grad_norm"] for group in optimizer.param_groups))
-            if len(norms) > 1:
-                raise ValueError(
-                    f"max_grad_norm is of all groups together and must be the same in each, got {norms}"
-                )
-            self.max_grad_norm, self.numbers = norms[0], numbers
-            for name, column in optimizer._number_columns(numbers).items():
-                self.groups[name] = column
-            lrs = [(i, group["lr"]) for i, group in enumerate(optimizer.param_groups)]
-            lrs = {i: lr for i, lr in lrs if isinstance(lr, Tensor)}
-            if self.lrs is not None and not identical(on_devices(lrs), on_devices(self.lrs)):
-                return False  # what `check_gradient` asks of them
-            self.lrs = lrs
-            self.groups["lr_address"] = 0
+    def _set(self, optimizer, settings: list[tuple]) -> None:
+        """Write the numbers of all groups into their table."""
+        norms = list(dict.fromkeys(group["max_grad_norm"] for group in optimizer.param_groups))
+        if len(norms) > 1:
+            raise ValueError(
+                f"max_grad_norm is of all groups together and must be the same in each, got {norms}"
+            )
+        for name, column in optimizer._number_columns(settings).items():
+            self.groups[name] = column
+        self.max_grad_norm, self.settings = norms[0], settings
+        self.lrs = tensor_lrs(optimizer)
+        self._read_lrs()
+
+    def _read_lrs(self) -> None:
+        """Tensors may have changed in place: those on the CPU are read, kernels read the others."""
         for i, lr in self.lrs.items():
             if lr.device.type == "cpu":
                 self.groups["lr"][i] = lr.item()
             else:
                 self.groups["lr_address"][i] = lr.data_ptr()
+
+    def _reset(self, optimizer, settings: list[tuple]) -> bool:
+        """Follow settings that have changed; False if other tables are needed."""
+        structures = (list(map(optimizer._structure, each)) for each in (settings, self.settings))
+        if not equal(*structures) or on_devices(self.lrs) or on_devices(tensor_lrs(optimizer)):
+            return False  # with what is checked of an lr on a device
+        self._set(optimizer, settings)
         return True
 
     def refresh(self, optimizer) -> bool:
         """Bring the tables up to date; False if others are needed."""
-        groups = optimizer.param_groups
+        settings = list(map(optimizer._settings, optimizer.param_groups))
         unchanged = (
             self.backend == choice()
-            and identical([param for group in groups for param in group["params"]], self.params)
             and self.state is optimizer.state
             and identical(list(optimizer.state.values()), self.entries)
-            and identical([group[key] for group in groups for key in SCALES], self.scales)
+            and (equal(settings, self.settings) or self._reset(optimizer, settings))
+            and identical([param for params, *_ in settings for param in params], self.params)
             and [vector._version for vector in self.vectors] == self.versions
-            and self._read_numbers(optimizer)
         )
         if not unchanged:
             return False
+        self._read_lrs()
         tensors = None
         if self.sharded or any(batch.backend is reference for batch in self.batches):
             tensors = tensors_of_step(self.params, self.sources)
@@ -242,8 +242,14 @@ def identical(left: list, right: list) -> bool:
     return len(left) == len(right) and all(map(operator.is_, left, right))
 
 
-def on_devices(lrs: dict[int, Tensor]) -> list[Tensor]:
-    return [lr for lr in lrs.values() if lr.device.type != "cpu"]
+def tensor_lrs(optimizer) -> dict[int, Tensor]:
+    """The lrs that are tensors, by their groups."""
+    lrs = ((index, group["lr"]) for index, group in enumerate(optimizer.param_groups))
+    return {index: lr for index, lr in lrs if isinstance(lr, Tensor)}
+
+
+def on_devices(lrs: dict[int, Tensor]) -> bool:
+    return any(lr.device.type != "cpu" for lr in lrs.values())
 
 
 def equal(left: list, right: list) -> bool:

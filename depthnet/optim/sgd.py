@@ -6,7 +6,7 @@ from operator import itemgetter
 
 from torch import Tensor
 
-from depthnet.optim.base import ScaledOptimizer, number
+from depthnet.optim.base import STRUCTURE, ScaledOptimizer, number
 
 
 class SGD(ScaledOptimizer):
@@ -34,10 +34,9 @@ class SGD(ScaledOptimizer):
     """
 
     kernel = "sgd"
-    _numbers = staticmethod(
+    _settings = staticmethod(
         itemgetter(
-            *("max_grad_norm", "master_weights", "stochastic_rounding"),
-            *("lr", "weight_decay", "momentum", "dampening", "nesterov"),
+            *(*STRUCTURE, "lr", "weight_decay", "momentum", "dampening", "nesterov"),
             *("decoupled_weight_decay", "maximize"),
         )
     )
@@ -85,13 +84,14 @@ class SGD(ScaledOptimizer):
             raise ValueError("nesterov needs a positive momentum and no dampening")
 
     @staticmethod
-    def _structure(group: dict) -> tuple:
-        return group["momentum"] != 0, group["master_weights"], group["stochastic_rounding"]
+    def _structure(settings: tuple) -> tuple:
+        momentum = settings[len(STRUCTURE) + 2]
+        return (*settings[: len(STRUCTURE)], momentum != 0)
 
     @staticmethod
-    def _number_columns(numbers: list[tuple]) -> dict[str, list[float]]:
+    def _number_columns(settings: list[tuple]) -> dict[str, list[float]]:
         names = ("lr", "weight_decay", "beta1", "beta2", "nesterov", "decoupled", "maximize")
-        columns = list(zip(*numbers, strict=True))[3:]
+        columns = list(zip(*settings, strict=True))[len(STRUCTURE) :]
         return {
             name: list(map(number, column)) for name, column in zip(names, columns, strict=True)
         }

@@ -1,10 +1,7 @@
 """The cases of torch's own tests of Adam, AdamW and SGD, run with our classes."""
 
 import inspect
-import sys
-import unittest
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,25 +12,13 @@ import depthnet
 
 
 def torchs_cases():
-    """torch.testing._internal.common_optimizers.
-
-    Importing it needs expecttest, of which it takes a base class that no case uses, and takes away the
-    right to set torch.backends' flags, which is given back.
-    """
+    """torch.testing._internal.common_optimizers; importing it takes away the right to set torch.backends'
+    flags, which is given back."""
     before = torch.backends.__allow_nonbracketed_mutation_flag
-    stand_in = "expecttest" not in sys.modules
-    try:
-        import expecttest  # noqa: F401
-
-        stand_in = False
-    except ImportError:
-        sys.modules["expecttest"] = SimpleNamespace(TestCase=unittest.TestCase)
     try:
         from torch.testing._internal import common_optimizers
     finally:
         torch.backends.__allow_nonbracketed_mutation_flag = before
-        if stand_in:
-            del sys.modules["expecttest"]
     return common_optimizers
 
 
