@@ -146,8 +146,8 @@ def optimizer_step_(tables: StepTables) -> None:
         return
     grad_scale = 1.0 if tables.grad_scale is None else tables.grad_scale.item()
     max_norm = torch.inf if tables.max_grad_norm is None else tables.max_grad_norm
+    tensors, scales, groups = tables.table_addresses
     _C.optimizer_step(
-        *(tables.rule, tables.tensors.ctypes.data, len(tables.tensors)),
-        *(tables.scales.data_ptr(), tables.scales.shape[1], tables.groups.ctypes.data),
+        *(tables.rule, tensors, len(tables.tensors), scales, tables.scales.shape[1], groups),
         *(grad_scale, max_norm, torch.get_num_threads()),
     )

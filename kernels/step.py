@@ -93,6 +93,16 @@ class StepTables:
             table[name] = [0 if tensor is None else tensor.data_ptr() for tensor in column]
         return table
 
+    @cached_property
+    def words(self) -> np.ndarray:
+        """`tensors` as int64, a column for each of TENSOR's names."""
+        return self.tensors.view(np.int64).reshape(-1, len(TENSOR))
+
+    @cached_property
+    def table_addresses(self) -> tuple[int, int, int]:
+        """Of `tensors`, `scales` and `groups`, in the memory of the host."""
+        return self.tensors.ctypes.data, self.scales.data_ptr(), self.groups.ctypes.data
+
 
 def laid_out_alike(tensors: Sequence[Tensor], leading: int) -> bool:
     """Whether the tensors' memory is without gaps and in one order, slices first to last."""

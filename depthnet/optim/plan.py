@@ -75,7 +75,7 @@ class Plan:
         self.sharded = [i for i, tensor in enumerate(tensors) if local(tensor) is not tensor]
         self.placements = placements(tensors, self.sharded)
         tensors = self._local(tensors)
-        self.forms = describe(tensors)[1]
+        self.forms = describe(tensors)[1].tobytes()
         self.groups = np.zeros(len(groups), GROUP)
         self._set(optimizer, list(map(optimizer._settings, groups)))
 
@@ -150,7 +150,7 @@ class Plan:
             described = describe(self._local(tensors))
         else:
             described = describe_step(self.params, self.sources)
-        if described is None or not np.array_equal(described[1], self.forms):
+        if described is None or described[1].tobytes() != self.forms:
             return False
         for batch in self.batches:
             batch.refresh(tensors, described[0])
@@ -180,6 +180,8 @@ class Batch:
     def __init__(self, rule, groups, numbers, backend, device, tensors, group_of, *rows):
         indices, leading, places, fresh = rows
         self.backend, self.places = backend, np.array(places)
+        self.present = np.nonzero(self.places >= 0)
+        self.sources = self.places[self.present]
         params = [tensors[i] for i in indices]
         own = [groups[group_of[i]] for i in indices]
         self.tables = StepTables(
@@ -209,9 +211,7 @@ class Batch:
         if self.backend is reference:
             self.tables.columns = self._columns(tensors)
             return
-        addresses = np.append(addresses, 0)  # where the places -1 point
-        for name, column in zip(ADDRESSES, self.places.T, strict=True):
-            self.tables.tensors[name] = addresses[column]
+        self.tables.words[self.present] = addresses[self.sources]
 
     def run(
         self,
