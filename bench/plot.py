@@ -145,10 +145,12 @@ def optimizer() -> None:
     colours = {
         "depthnet, a group each": COLOURS["depthnet"],
         "depthnet, stacked": "#56B4E9",
+        "depthnet, one lr": "#56B4E9",
+        "torch fused, one lr": "black",
+        "torch fused, a group each": COLOURS["eager"],
         "torch compile, one lr": COLOURS["compile"],
         "torch foreach, one lr": "#F0E442",
         "torch foreach, a group each": "#CC79A7",
-        "torch fused, a group each": COLOURS["eager"],
         "copy": COLOURS["copy"],
     }
     figure = Figure(figsize=(11, 8), layout="constrained")
@@ -159,31 +161,29 @@ def optimizer() -> None:
     relative = {
         provider: [ms[provider] / ms["torch fused, one lr"] for ms in times.values()]
         for provider in colours
+        if provider not in ("depthnet, one lr", "torch fused, one lr")
     }
     grouped_bars(axis, labels, relative, colours)
     axis.axhline(1, color="black", linewidth=1, label="torch fused, one lr")
     axis.set_yscale("log")
     axis.set_title("AdamW step on L weights (n, n), float32")
     axis.set_ylabel("time, relative to torch fused with one lr")
-    axis.legend(loc="upper right", ncols=2, fontsize=8)
+    stacks.legend(loc="outside lower center", ncols=4)
     many, small = right.subplots(1, 2, width_ratios=(1.3, 1))
     own = {row["provider"]: float(row["ms"]) for row in rows if row["section"] == "many"}
-    bars = many.barh(list(own), list(own.values()), color=[colours.get(p, "black") for p in own])
+    bars = many.barh(list(own), list(own.values()), color=[colours[provider] for provider in own])
     many.bar_label(bars, fmt="%.0f ms", padding=3)
     many.invert_yaxis()
     many.margins(x=0.15)
     many.set_title("10,000 tensors of 1,000 elements")
     many.set_xlabel("ms a step")
-    for provider, colour in (
-        ("depthnet, one lr", COLOURS["depthnet"]),
-        ("torch fused, one lr", "black"),
-    ):
+    for provider in ("depthnet, one lr", "torch fused, one lr"):
         own = [
             (int(row["tensors"]), float(row["ms"]) * 1e3)
             for row in rows
             if (row["section"], row["provider"]) == ("overhead", provider)
         ]
-        small.plot(*zip(*own, strict=True), "o-", color=colour, label=provider)
+        small.plot(*zip(*own, strict=True), "o-", color=colours[provider], label=provider)
     small.set_xscale("log")
     small.set_yscale("log")
     small.set_title("tensors of 4 elements")
