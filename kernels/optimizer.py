@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from depthnet.kernels import reference
 from depthnet.kernels.checks import check_lists, count_slices, rate_table
@@ -22,6 +23,8 @@ def select_for_step(leading: int, row: dict[str, Tensor | None]):
     if param.numel() == 0:
         return reference  # which counts the step
     reasons = ["a tensor is fake"] if isinstance(param, FakeTensor) else []
+    if any(map(is_traceable_wrapper_subclass, tensors)):
+        reasons.append("a tensor is a wrapper around others")
     if grad.is_neg():
         reasons.append("a gradient is a negated view")
     if grad.dtype != param.dtype:

@@ -312,7 +312,8 @@ def local(tensor: Tensor | None) -> Tensor | None:
     """A DTensor's shard on this rank; any other tensor itself."""
     if type(tensor) in (Tensor, torch.nn.Parameter) or not is_distributed(tensor):
         return tensor
-    return tensor.to_local()
+    shard = tensor.to_local()
+    return shard.wait() if hasattr(shard, "wait") else shard  # what a collective still brings
 
 
 def scale_table(params: list[Tensor], groups: list[dict], leading: list[int]) -> np.ndarray:

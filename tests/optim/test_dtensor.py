@@ -193,3 +193,17 @@ def test_rates_of_copies_may_be_vectors(mesh):
     param.grad = placed(torch.ones(2, 3), mesh, Replicate())
     depthnet.optim.SGD([param], lr=[1.0, 2.0]).step()
     assert param.to_local().tolist() == [[-1.0] * 3, [-2.0] * 3]
+
+
+def test_a_gradient_that_a_collective_still_brings(gloo):
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.distributed.tensor import Replicate
+
+    param = torch.nn.Parameter(placed(torch.zeros(3), gloo, Replicate()))
+    optimizer = depthnet.optim.SGD([param], lr=1.0)
+    for step in (1, 2):
+        arriving = AsyncCollectiveTensor(torch.arange(3.0))
+        param.grad = placed(arriving, gloo, Replicate())
+        assert type(param.grad._local_tensor) is AsyncCollectiveTensor
+        optimizer.step()
+        assert param.to_local().tolist() == [0.0, -step, -2.0 * step]
