@@ -21,7 +21,7 @@ def python(code, **environment):
 
 def test_backends_are_listed_in_order_with_reasons():
     status = kernels.backends()
-    assert [entry.name for entry in status] == ["cpu", "reference"]
+    assert [entry.name for entry in status] == ["cpu", "cuda", "triton", "reference"]
     for entry in status:
         assert entry.active == (not entry.reasons)
         assert entry.details if entry.active else entry.reasons
@@ -59,7 +59,7 @@ def test_the_environment_chooses():
     assert python(code, DEPTHNET_BACKEND="reference").stdout.strip() == "reference"
     failed = python(code, DEPTHNET_BACKEND="gpu")
     assert failed.returncode != 0
-    assert "DEPTHNET_BACKEND='gpu' is not one of auto, cpu, reference" in failed.stderr
+    assert "DEPTHNET_BACKEND='gpu' is not one of auto, cpu, cuda, triton, reference" in failed.stderr
 
 
 def test_the_environment_chooses_the_instruction_set():
