@@ -118,11 +118,19 @@ class ScaledOptimizer(torch.optim.Optimizer):
     def torch_state_dict(self) -> dict:
         """The state in the form of torch.optim's, every scale multiplied out, to load there.
 
+        What only depthnet has, clipping, masters and stochastic rounding, is left out.
+
         Raises:
             ValueError: a scale is a vector, which torch's groups cannot hold.
         """
         state = self.state_dict()
+        state["state"] = {
+            index: {key: value for key, value in entry.items() if key != "master_param"}
+            for index, entry in state["state"].items()
+        }
         for group in state["param_groups"]:
+            for key in ("max_grad_norm", "master_weights", "stochastic_rounding"):
+                group.pop(key)
             for key in SCALES:
                 scale, name = group.pop(key), HYPERPARAMETERS[key]
                 if isinstance(scale, Tensor):

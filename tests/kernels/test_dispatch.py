@@ -59,7 +59,9 @@ def test_the_environment_chooses():
     assert python(code, DEPTHNET_BACKEND="reference").stdout.strip() == "reference"
     failed = python(code, DEPTHNET_BACKEND="gpu")
     assert failed.returncode != 0
-    assert "DEPTHNET_BACKEND='gpu' is not one of auto, cpu, cuda, triton, reference" in failed.stderr
+    assert (
+        "DEPTHNET_BACKEND='gpu' is not one of auto, cpu, cuda, triton, reference" in failed.stderr
+    )
 
 
 def test_the_environment_chooses_the_instruction_set():

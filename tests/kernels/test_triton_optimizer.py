@@ -25,10 +25,10 @@ INTERPRETED = backend.INTERPRETED
 ROOT = Path(__file__).parents[2]
 
 
-class InInterpreter:
-    """Runs a step's tables of CPU tensors."""
+class Step:
+    """Runs a step's tables: of CPU tensors in the interpreter, else on a GPU."""
 
-    device, truncates_bfloat16 = "cpu", True
+    device, truncates_bfloat16 = ("cpu", True) if INTERPRETED else ("cuda", False)
 
     def __init__(self):
         from depthnet.kernels.triton.optimizer import CHUNK
@@ -40,8 +40,8 @@ class InInterpreter:
 
 
 @pytest.fixture
-def step() -> InInterpreter:
-    return InInterpreter()
+def step() -> Step:
+    return Step()
 
 
 def count_launches(monkeypatch, tables: StepTables) -> list[str]:
@@ -74,6 +74,11 @@ def test_in_the_interpreter():
 
 class TestInTheInterpreter(StepTests):
     __test__ = INTERPRETED
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+class TestOnGpu(StepTests):
+    __test__ = not INTERPRETED
 
 
 @pytest.mark.parametrize("groups", [1, 50])
