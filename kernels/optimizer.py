@@ -7,13 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from depthnet.kernels import reference
 from depthnet.kernels.checks import check_lists, count_slices, rate_table
 from depthnet.kernels.dispatch import register, select
-from depthnet.kernels.step import GROUP, StepTables, laid_out_alike
+from depthnet.kernels.step import GROUP, StepTables, describe, laid_out_alike
 
 
 def select_for_step(leading: int, row: dict[str, Tensor | None]):
@@ -22,9 +20,9 @@ def select_for_step(leading: int, row: dict[str, Tensor | None]):
     param, grad, *states = tensors
     if param.numel() == 0:
         return reference  # which counts the step
-    reasons = ["a tensor is fake"] if isinstance(param, FakeTensor) else []
-    if any(map(is_traceable_wrapper_subclass, tensors)):
-        reasons.append("a tensor is a wrapper around others")
+    reasons = []
+    if not describe([tensor for tensor in row.values() if tensor is not None])[1].all():
+        reasons.append("where the memory of a tensor lies is not known")  # fake, or a wrapper
     if grad.is_neg():
         reasons.append("a gradient is a negated view")
     if grad.dtype != param.dtype:
