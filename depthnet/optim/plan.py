@@ -81,8 +81,7 @@ class Plan:
 
         batches = {}
         for i, place, new in zip(active, places, fresh, strict=True):
-            group = groups[group_of[i]]
-            leading = max(getattr(group[key], "ndim", 0) for key in SCALES)
+            leading = leading_dimensions(groups[group_of[i]])
             row = {name: tensors[at] for name, at in zip(ADDRESSES, place, strict=True) if at >= 0}
             batch = row["param"].device, select_for_step(leading, row)
             batches.setdefault(batch, []).append((i, leading, place, new))
@@ -242,6 +241,11 @@ def identical(left: list, right: list) -> bool:
     return len(left) == len(right) and all(map(operator.is_, left, right))
 
 
+def leading_dimensions(group: dict) -> int:
+    """How many leading dimensions of the group's parameters have rates of their own."""
+    return max(getattr(group[key], "ndim", 0) for key in SCALES)
+
+
 def tensor_lrs(optimizer) -> dict[int, Tensor]:
     """The lrs that are tensors, by their groups."""
     lrs = ((index, group["lr"]) for index, group in enumerate(optimizer.param_groups))
@@ -285,7 +289,7 @@ def check_gradient(optimizer, param: Tensor, group: dict) -> None:
             f"{name}: the gradient of a DTensor placed {placements} must be placed alike, got "
             f"{getattr(grad, 'placements', 'a plain tensor')}; redistribute it first"
         )
-    leading = max(getattr(group[key], "ndim", 0) for key in SCALES)
+    leading = leading_dimensions(group)
     sharded = [place.dim for place in placements if hasattr(place, "dim")]
     if any(dim < leading for dim in sharded):
         raise ValueError(
