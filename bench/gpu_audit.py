@@ -68,15 +68,15 @@ STEP_SIGNATURE = {
     "arrived": "*i32",
     "grad_scale": "*fp32",
     "found_inf": "*fp32",
-    "norm": "*fp32",
+    "norm": "*fp64",
     "max_norm": "fp64",
 }
 NORM_SIGNATURE = {
     "tensors": "*i64",
     "chunks": "*i64",
     "arrived": "*i32",
-    "partial_sums": "*fp32",
-    "norm": "*fp32",
+    "partial_sums": "*fp64",
+    "norm": "*fp64",
 }
 DTYPE_CODES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
 ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
