@@ -15,8 +15,8 @@ template <class C> Word element_numbers() {
   return numbers;
 }
 
-// Calls update(p, g, states) on vectors of the parameter, its gradient and its `States` state tensors, for all
-// elements of a run.
+// Calls update(p, g, states) on vectors of the parameter, its gradient and its `States` state tensors, for
+// all elements of a run.
 template <class T, int States, class Update, class C = Compute<T>>
 void for_each_vector(const StepRun& r, const Update& update) {
   T* const param = static_cast<T*>(r.param);
@@ -69,10 +69,10 @@ void sgd(const StepRun& r, const SgdConstants<double>& scalars) {
   const SgdConstants<Vec<C>> c = in_lanes<C>(scalars);
   if (!r.state[0])
     return for_each_vector<T, 0>(r, [&](Vec<C>& p, Vec<C> g, Vec<C>*) {
-      p = sgd_moved(p, sgd_gradient(p, g, c), c);
+      p = sgd_moved(p, step_gradient(p, g, c.shared), c);
     });
   for_each_vector<T, 1>(r, [&](Vec<C>& p, Vec<C> g, Vec<C>* s) {
-    p = sgd_moved(p, sgd_momentum(sgd_gradient(p, g, c), s[0], r.nesterov, c), c);
+    p = sgd_moved(p, sgd_momentum(step_gradient(p, g, c.shared), s[0], r.nesterov, c), c);
   });
 }
 

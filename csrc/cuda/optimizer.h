@@ -124,10 +124,10 @@ struct Sgd {
     const bool nesterov = group.nesterov != 0;
     if (t.state[0])
       return step_chunk<T, 1>(t, chunk, shared, thread, [&](C& p, C g, C& momentum, C&, C&) {
-        p = sgd_moved(p, sgd_momentum(sgd_gradient(p, g, c), momentum, nesterov, c), c);
+        p = sgd_moved(p, sgd_momentum(step_gradient(p, g, c.shared), momentum, nesterov, c), c);
       });
     step_chunk<T, 0>(t, chunk, shared, thread, [&](C& p, C g, C&, C&, C&) {
-      p = sgd_moved(p, sgd_gradient(p, g, c), c);
+      p = sgd_moved(p, step_gradient(p, g, c.shared), c);
     });
   }
 };

@@ -10,21 +10,18 @@ namespace depthnet {
 // What the elements of a slice share.
 template <class V>
 struct AdamConstants {
-  V grad_factor;
-  V shrink;   // decoupled decay: 1 - lr * weight_decay
-  V coupled;  // coupled decay: weight_decay
+  SharedConstants<V> shared;
   V beta1, one_minus_beta1, beta2, one_minus_beta2;
   V inverse_root_bias2;  // 1 / sqrt(1 - beta2^t)
   V step_size;           // lr / (1 - beta1^t)
   V eps;
-  bool couples;  // whether there is coupled decay
   bool forgets;  // whether a new moment has more of the gradient than of the old moment
 };
 
 template <class V, class F>
 DEPTHNET_HD auto map(const AdamConstants<V>& c, F f) -> AdamConstants<decltype(f(c.eps))> {
-  return {f(c.grad_factor), f(c.shrink), f(c.coupled), f(c.beta1), f(c.one_minus_beta1), f(c.beta2),
-          f(c.one_minus_beta2), f(c.inverse_root_bias2), f(c.step_size), f(c.eps), c.couples, c.forgets};
+  return {map(c.shared, f), f(c.beta1), f(c.one_minus_beta1), f(c.beta2), f(c.one_minus_beta2),
+          f(c.inverse_root_bias2), f(c.step_size), f(c.eps), c.forgets};
 }
 
 // beta^t for both betas.
@@ -39,11 +36,8 @@ DEPTHNET_HD AdamPowers adam_powers(const StepGroup& group, double step) {
 DEPTHNET_HD AdamConstants<double> adam_constants(const StepGroup& group, double group_lr,
                                                  const StepSlice& slice, AdamPowers powers,
                                                  double factor) {
-  const double lr = group_lr * slice.lr, weight_decay = group.weight_decay * slice.weight_decay;
-  const bool decoupled = group.decoupled != 0;
-  return {factor,
-          decoupled ? 1 - lr * weight_decay : 1,
-          decoupled ? 0 : weight_decay,
+  const double lr = group_lr * slice.lr;
+  return {shared_constants(group, lr, slice, factor),
           group.beta1,
           1 - group.beta1,
           group.beta2,
@@ -51,14 +45,12 @@ DEPTHNET_HD AdamConstants<double> adam_constants(const StepGroup& group, double 
           1 / sqrt(1 - powers.beta2),
           lr / (1 - powers.beta1),
           group.eps * slice.eps,
-          !decoupled && weight_decay != 0,
           1 - group.beta1 >= 0.5};
 }
 
 template <class V>
 DEPTHNET_HD void adam_moments(V p, V g, V& m, V& v, const AdamConstants<V>& c) {
-  g = c.grad_factor * g;
-  if (c.couples) g = g + c.coupled * p;  // without decay an infinite p leaves the moments alone
+  g = step_gradient(p, g, c.shared);
   // Between the two, from the nearer one: so that neither cancels, and m = g stays.
   m = c.forgets ? g - c.beta1 * (g - m) : m + c.one_minus_beta1 * (g - m);
   v = c.beta2 * v + c.one_minus_beta2 * g * g;
@@ -72,7 +64,7 @@ DEPTHNET_HD V adam_greatest(V greatest, V v) {
 
 template <class V, class Sqrt>
 DEPTHNET_HD V adam_moved(V p, V m, V v, const AdamConstants<V>& c, Sqrt square_root) {
-  return p * c.shrink - c.step_size * (m / (square_root(v) * c.inverse_root_bias2 + c.eps));
+  return p * c.shared.shrink - c.step_size * (m / (square_root(v) * c.inverse_root_bias2 + c.eps));
 }
 
 }  // namespace depthnet

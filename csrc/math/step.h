@@ -20,7 +20,7 @@ struct StepTensor {
   int64_t group;        // in the table of groups
   int64_t dtype;        // storage type, see below
   int64_t fresh;        // SGD: 1 if the momentum buffer, zeros, has not been written yet
-  int64_t rounding;     // 16 bits without master: 0, to nearest, or 1 + the tensor's number, stochastically
+  int64_t rounding;     // 16 bits without master: 0, to nearest, or 1 + the tensor's number, at random
 };
 
 // Storage types, in the order of the kernel tables.
@@ -49,9 +49,39 @@ DEPTHNET_HD double clip_factor(double norm, double max_norm) {
   return factor >= 1 ? 1 : factor;
 }
 
+// What the elements of a slice share under every rule.  V is a scalar or a SIMD vector.
+template <class V>
+struct SharedConstants {
+  V grad_factor;
+  V shrink;      // decoupled decay: 1 - lr * weight_decay
+  V coupled;     // coupled decay: weight_decay
+  bool couples;  // whether there is coupled decay
+};
+
+template <class V, class F>
+DEPTHNET_HD auto map(const SharedConstants<V>& c, F f) -> SharedConstants<decltype(f(c.shrink))> {
+  return {f(c.grad_factor), f(c.shrink), f(c.coupled), c.couples};
+}
+
+// `lr` is the slice's, `factor` is grad_factor().
+DEPTHNET_HD SharedConstants<double> shared_constants(const StepGroup& group, double lr,
+                                                     const StepSlice& slice, double factor) {
+  const double weight_decay = group.weight_decay * slice.weight_decay;
+  const bool decoupled = group.decoupled != 0;
+  return {factor, decoupled ? 1 - lr * weight_decay : 1, decoupled ? 0 : weight_decay,
+          !decoupled && weight_decay != 0};
+}
+
+// The gradient that a rule goes on with; without decay an infinite p leaves it alone.
+template <class V>
+DEPTHNET_HD V step_gradient(V p, V g, const SharedConstants<V>& c) {
+  g = c.grad_factor * g;
+  return c.couples ? g + c.coupled * p : g;
+}
+
 // Random bits that depend only on (tensor, step, element): stochastic rounding is the same on every
-// backend and any number of threads.  W is a 32-bit unsigned scalar or vector.  The multipliers are those of
-// Wellons' hash with the least known bias ("lowbias32").
+// backend and any number of threads.  W is a 32-bit unsigned scalar or vector.  The multipliers are
+// those of Wellons' hash with the least known bias ("lowbias32").
 template <class W>
 DEPTHNET_HD W scramble(W x) {
   x = x ^ (x >> 16);
