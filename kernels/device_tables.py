@@ -9,6 +9,11 @@ from torch import Tensor
 from depthnet.kernels.step import StepTables
 
 
+def capturing() -> bool:
+    """Whether the current stream's work is being captured into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 class DeviceTables:
     """`StepTables` as int64 words on their device.
 
@@ -67,26 +72,38 @@ class _Upload:
         shape = len(table), table.dtype.itemsize // 8
         self.words = torch.empty(shape, dtype=torch.int64, device=device)
         self.table = None  # what the device has
-        self.captured = []
+        self.captured: list[Tensor] = []  # what graphs copy from
         self.spare = self._pinned()
 
     def _pinned(self) -> Tensor:
         return torch.empty_like(self.words, device="cpu", pin_memory=self.words.is_cuda)
 
     def refresh(self, table: np.ndarray) -> None:
-        if self.table is not None and np.array_equal(self.table, table):
+        words = torch.from_numpy(table.view(np.int64).reshape(self.words.shape))
+        if capturing():
+            # Whatever the device has now, eager steps and other graphs write here between two replays.
+            self.words.copy_(self._captured_source(words), non_blocking=True)
+            return
+        # Once there is a graph, its replays write here too, unseen.
+        if self.table is not None and not self.captured and np.array_equal(self.table, table):
             return
         self.table = table.copy()
         source = self.spare if self.spare is not None else self._pinned()
-        source.copy_(torch.from_numpy(self.table.view(np.int64).reshape(source.shape)))
+        source.copy_(words)
         self.words.copy_(source, non_blocking=True)
-        # While a graph is captured no memory can be pinned, so that one buffer is always ready; the graph
-        # copies from it at every replay, so that it is never written again.
-        if self.words.is_cuda and torch.cuda.is_current_stream_capturing():
-            self.captured.append(source)
-            self.spare = None
-        else:
-            self.spare = self._pinned()
+        self.spare = self._pinned()
+
+    def _captured_source(self, words: Tensor) -> Tensor:
+        """A pinned copy of the words that is never written again: a graph reads it at every replay."""
+        for source in self.captured:
+            if torch.equal(source, words):
+                return source
+        # Not every torch can pin memory during a capture, so that one buffer is always ready.
+        source = self.spare if self.spare is not None else self._pinned()
+        source.copy_(words)
+        self.captured.append(source)
+        self.spare = None
+        return source
 
 
 def device_tables(tables: StepTables, chunk: int) -> DeviceTables:

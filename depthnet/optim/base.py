@@ -7,7 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from depthnet.kernels import device_tables
 from depthnet.kernels.reference import stream_dtype
+from depthnet.kernels.step import StepTables
 from depthnet.optim.plan import Plan
 from depthnet.scaling.groups import SCALES, check_unscaled, param_groups
 
@@ -34,6 +36,7 @@ class ScaledOptimizer(torch.optim.Optimizer):
     kernel: str  # which kernels run: adam or sgd
     _step_supports_amp_scaling = True  # GradScaler then leaves grad_scale and found_inf to the step
     _plan: Plan | None = None
+    _captured_tables: tuple[StepTables, ...] = ()
 
     def __init__(self, params, defaults: dict, rule: str):
         name = f"depthnet.optim.{type(self).__name__}"
@@ -173,7 +176,8 @@ class ScaledOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError, TypeError, ValueError: a gradient is sparse, or its memory is not that of a
-                plain tensor or of a DTensor's shard.
+                plain tensor or of a DTensor's shard; or the step is captured into a CUDA graph before
+                one like it has been made.
         """
         loss = None
         if closure is not None:
@@ -184,10 +188,27 @@ class ScaledOptimizer(torch.optim.Optimizer):
 
     @torch._disable_dynamo  # there is nothing to fuse: under torch.compile the graph breaks here
     def _update(self) -> None:
-        if self._plan is None or not self._plan.refresh(self):
+        current = self._plan is not None and self._plan.refresh(self)
+        if device_tables.capturing():
+            # What is made inside a graph is made again by every replay: moments would start from zero.
+            if not current or self.state_pending:
+                raise RuntimeError(
+                    f"{type(self).__name__}: this step needs states or tables that cannot be made while a "
+                    "CUDA graph is captured; first make a step outside, for the same parameters and with "
+                    "the same settings, that GradScaler does not skip"
+                )
+            # Replays read the tables, also when later steps have needed others.
+            tables = [batch.tables for batch in self._plan.batches]
+            self._captured_tables = (*self._captured_tables, *tables)
+        elif not current:
             self._plan = None  # if the next line raises, the old one is not used again
             self._plan = Plan(self)
         self._plan.run(self)
+
+    @property
+    def state_pending(self) -> bool:
+        """Whether the last step's states are not yet in `state`: GradScaler has skipped every step."""
+        return self._plan is not None and bool(self._plan.pending)
 
     def _check_numbers(self, group: dict) -> None:
         """Check what only one kind of optimizer has."""
