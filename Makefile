@@ -26,9 +26,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The GPU kernels compiled ahead of time, without a GPU: registers, spills, widths of accesses, launches.
+# The GPU kernels compiled ahead of time, without a GPU: registers, spills, widths of accesses, launches; and
+# the time that a step should take.
 audit: $(VENV)/.dev
 	$(BIN)/python bench/gpu_audit.py
+	$(BIN)/python bench/roofline.py
 	VENV=$(VENV) .ci/cuda
 
 # Timings of one run may be compared with each other, never with those of another run.  ARGS are throughput.py's.

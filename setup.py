@@ -217,6 +217,7 @@ setup(
     package_dir={"depthnet": "depthnet", "depthnet.kernels": "kernels", "depthnet.csrc": "csrc"},
     package_data={
         "depthnet": ["py.typed"],
+        "depthnet.kernels": ["tiles.json"],
         "depthnet.csrc": ["*.cpp", "*/*.cpp", "*/*.cu", "*/*.h"],
     },
     ext_modules=[native, cuda],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import os
@@ -16,12 +17,57 @@ import torch
 
 import depthnet
 from depthnet.kernels import backends
+from depthnet.kernels.chips import CHIPS, Chip
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def machine() -> dict[str, str]:
+def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, and `--device`; the script ends here where there is no such device."""
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="what to measure; a GPU has CSV files of its own, *_cuda.csv (default: %(default)s)",
+    )
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.exit(2, "--device cuda: there is no GPU\n")
+    return args
+
+
+def chip() -> Chip | None:
+    """What is published of the GPU at hand; None of an unknown one."""
+    if torch.version.hip:
+        arch = torch.cuda.get_device_properties().gcnArchName.partition(":")[0]
+    else:
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return CHIPS.get(arch)
+
+
+def machine(device: str = "cpu") -> dict[str, str]:
     """The machine and the software, for every row of a result."""
+    software = {
+        "torch": torch.__version__,
+        "depthnet": depthnet.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    return {**(_gpu() if device == "cuda" else _cpu()), **software}
+
+
+def _gpu() -> dict[str, str]:
+    import triton
+
+    drivers = [Path("/sys/module", name, "version") for name in ("nvidia", "amdgpu")]
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": next((file.read_text().strip() for file in drivers if file.exists()), "unknown"),
+        "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
+        "triton": triton.__version__,
+    }
+
+
+def _cpu() -> dict[str, str]:
     model = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -36,14 +82,11 @@ def machine() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "isa": native.details.split(" of ")[0] if native.active else "none",
-        "torch": torch.__version__,
-        "depthnet": depthnet.__version__,
-        "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def print_machine() -> None:
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+def print_machine(device: str = "cpu") -> None:
+    print(", ".join(f"{key} {value}" for key, value in machine(device).items()))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -55,14 +98,16 @@ def interleaved(
     rounds: int = 30,
     seconds: float = 0.02,
     limits: dict[str, Callable[[float], float]] | None = None,
+    device: str = "cpu",
 ) -> dict[str, float]:
     """Median seconds a call of each provider; in every round each one is timed once, in turn.
 
-    A timing is a loop of calls that lasts about `seconds`, so that the clock and the loop cost nothing.
+    A timing is a loop of calls that lasts about `seconds`, so that the clock and the loop cost nothing;
+    on a GPU it ends when the GPU has finished them.
     `limits` take part in the rounds too: each measures for a given time, and itself says what a call
     costs at the least.
     """
-    timers = {name: _timer(function, seconds) for name, function in providers.items()}
+    timers = {name: _timer(function, seconds, device) for name, function in providers.items()}
     for name, limit in (limits or {}).items():
         timers[name] = partial(limit, seconds)
     samples = {name: [] for name in timers}
@@ -72,13 +117,16 @@ def interleaved(
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def _timer(function: Callable[[], object], seconds: float) -> Callable[[], float]:
+def _timer(function: Callable[[], object], seconds: float, device: str) -> Callable[[], float]:
     """A function that calls the warmed-up `function` for about `seconds` and returns the time a call."""
+    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def timed(calls: int) -> float:
+        finish()
         start = time.perf_counter()
         for _ in range(calls):
             function()
+        finish()
         return (time.perf_counter() - start) / calls
 
     timed(3)
@@ -105,13 +153,15 @@ def read_csv(name: str) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def write_csv(name: str, rows: list[dict], part: str | None = None) -> None:
+def write_csv(name: str, rows: list[dict], part: str | None = None, device: str = "cpu") -> None:
     """Write rows, each with the machine; named a column `part`, only in place of the parts in `rows`."""
+    if device == "cuda":
+        name = name.replace(".csv", "_cuda.csv")
     RESULTS.mkdir(exist_ok=True)
     kept = read_csv(name) if part and (RESULTS / name).exists() else []
     new = {row[part] for row in rows} if part else set()
     described = [row for row in kept if row[part] not in new]
-    described += [{**row, **machine()} for row in rows]
+    described += [{**row, **machine(device)} for row in rows]
     with open(RESULTS / name, "w", newline="") as file:
         writer = csv.DictWriter(file, list(described[0]), lineterminator="\n")
         writer.writeheader()

@@ -1,6 +1,7 @@
 """What does a training step need in memory?
 
     python bench/memory.py
+    python bench/memory.py --device cuda
 
 The highest resident memory during forward and backward of a residual stack, above that before them,
 which holds the inputs and weights.  It has to hold the gradients that come out, and what is saved for
@@ -9,7 +10,8 @@ checkpoints every c-th x, and all of the c layers whose turn it is.  PyTorch fre
 layer before the next layer's gradient is there, so that it may do with less than the sum of both.
 
 Measured twice: with a malloc that returns every tensor to the system when it is freed, which is what the
-step needs; and with malloc as it is, which keeps the gaps that freed tensors leave.
+step needs; and with malloc as it is, which keeps the gaps that freed tensors leave.  On a GPU once, by
+what PyTorch's allocator has given out.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ import multiprocessing
 import os
 import re
 import resource
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
-from common import print_machine, print_table, write_csv
+from common import parse_args, print_machine, print_table, write_csv
 from stack import Stack
 
 ROWS = 128
@@ -62,8 +66,10 @@ def gradient_bytes(provider: str, n: int, depth: int) -> int:
     return 0 if "inference" in provider else 4 * (depth * n * n + ROWS * n)
 
 
-def peak() -> int:
-    """The highest resident memory of this process since its start or the last reset, in bytes."""
+def peak(device: str) -> int:
+    """The highest memory, on the CPU resident, of this process since its start or the last reset."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:  # not Linux; macOS counts in bytes
@@ -71,35 +77,48 @@ def peak() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
-def measure(case: tuple[str, int, int]) -> int:
+def reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):  # without the right, the peak so far stays: inputs and weights as well
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_of(function: Callable[[], object], device: str) -> int:
+    """What a call needs at most above what is there before it."""
+    reset_peak(device)
+    before = peak(device)
+    function()
+    return peak(device) - before
+
+
+def measure(device: str, case: tuple[str, int, int]) -> int:
     provider, n, depth = case
     run = PROVIDERS[provider]
-    run(Stack(n, 1, ROWS))  # threads, libraries and workspaces are there after a first call
-    stack = Stack(n, depth, ROWS)
-    with suppress(
-        OSError
-    ):  # without the right to reset, the peak so far: inputs and weights as well
-        Path("/proc/self/clear_refs").write_text("5")
-    before = peak()
-    run(stack)
-    return peak() - before
+    # Threads, libraries and workspaces are there after a first call.
+    run(Stack(n, 1, ROWS, device=device))
+    stack = Stack(n, depth, ROWS, device=device)
+    return peak_of(partial(run, stack), device)
 
 
-def measure_all(cases: list[tuple], environment: dict[str, str]) -> list[int]:
+def measure_all(cases: list[tuple], device: str, environment: dict[str, str]) -> list[int]:
     """Each case in a process of its own: memory freed by an earlier one would be taken again unseen."""
     spawn = multiprocessing.get_context("spawn")
     with mock.patch.dict(os.environ, environment), spawn.Pool(1, maxtasksperchild=1) as pool:
-        return pool.map(measure, cases, chunksize=1)
+        return pool.map(partial(measure, device), cases, chunksize=1)
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    print_machine()
+    device = parse_args(
+        argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+    ).device
+    print_machine(device)
     cases = [(provider, n, depth) for n in WIDTHS for depth in DEPTHS for provider in PROVIDERS]
-    needed = measure_all(cases, RETURN_ALL)
-    resident = measure_all(cases, {})
+    needed = measure_all(cases, device, RETURN_ALL)
+    resident = measure_all(cases, device, {}) if device == "cpu" else needed
     rows, table = [], []
     for case, peak_bytes, default_bytes in zip(cases, needed, resident, strict=True):
         provider, n, depth = case
@@ -126,7 +145,7 @@ def main() -> None:
         ("n", "L", "", "peak", "by the shapes:", "saved", "+ gradients", "peak, default malloc"),
         table,
     )
-    write_csv("memory.csv", rows)
+    write_csv("memory.csv", rows, device=device)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What does an optimizer step with a learning rate for each layer cost?
 
     python bench/optimizer.py
+    python bench/optimizer.py --device cuda
 
 One AdamW step, float32, over stacks of weights (n, n) x L, as L tensors and as one stacked tensor:
 depthnet with a learning rate for each layer, beside torch's fused AdamW, its foreach AdamW and its
@@ -9,8 +10,10 @@ many bytes as AdamW must move, 28 an element (p, m, v read and written, g read).
 1,000 elements, and the time of a step beyond the kernel's own, for 10 to 10,000 tensors of 4 elements.
 """
 
+import argparse
+
 import torch
-from common import interleaved, print_machine, print_table, write_csv
+from common import interleaved, parse_args, print_machine, print_table, write_csv
 
 import depthnet
 
@@ -19,14 +22,14 @@ BYTES = 28  # an element
 MANY = 10_000
 
 
-def parameter(*shape: int) -> torch.Tensor:
-    weight = torch.randn(shape, requires_grad=True)
-    weight.grad = torch.randn(shape)
+def parameter(device: str, *shape: int) -> torch.Tensor:
+    weight = torch.randn(shape, device=device, requires_grad=True)
+    weight.grad = torch.randn(shape, device=device)
     return weight
 
 
-def parameters(count: int, *shape: int) -> list[torch.Tensor]:
-    return [parameter(*shape) for _ in range(count)]
+def parameters(device: str, count: int, *shape: int) -> list[torch.Tensor]:
+    return [parameter(device, *shape) for _ in range(count)]
 
 
 def rates(count: int) -> list[float]:
@@ -42,64 +45,74 @@ def compiled(params: list[torch.Tensor]):
     return torch.compile(torch.optim.AdamW(params).step)
 
 
-def copy(elements: int):
-    source = torch.randn(elements * BYTES // 8)
+def copy(device: str, elements: int):
+    source = torch.randn(elements * BYTES // 8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
-def torchs(count: int, *shape: int) -> dict:
+def torchs(device: str, count: int, *shape: int) -> dict:
     """torch's AdamW with one group, and with a group for each parameter."""
     adamw = torch.optim.AdamW
     return {
-        "torch fused, one lr": adamw(parameters(count, *shape), fused=True).step,
-        "torch fused, a group each": adamw(groups(parameters(count, *shape)), fused=True).step,
-        "torch foreach, one lr": adamw(parameters(count, *shape), foreach=True).step,
-        "torch foreach, a group each": adamw(groups(parameters(count, *shape)), foreach=True).step,
+        "torch fused, one lr": adamw(parameters(device, count, *shape), fused=True).step,
+        "torch fused, a group each": adamw(
+            groups(parameters(device, count, *shape)), fused=True
+        ).step,
+        "torch foreach, one lr": adamw(parameters(device, count, *shape), foreach=True).step,
+        "torch foreach, a group each": adamw(
+            groups(parameters(device, count, *shape)), foreach=True
+        ).step,
     }
 
 
-def stacks() -> list[dict]:
+def stacks(device: str) -> list[dict]:
     rows = []
     for n, depth in SHAPES:
         adamw = depthnet.optim.AdamW
         providers = {
-            "depthnet, stacked": adamw([parameter(depth, n, n)], lr=rates(depth)).step,
-            "depthnet, a group each": adamw(groups(parameters(depth, n, n))).step,
-            **torchs(depth, n, n),
-            "torch fused, stacked": torch.optim.AdamW([parameter(depth, n, n)], fused=True).step,
-            "torch compile, one lr": compiled(parameters(depth, n, n)),
-            "copy": copy(depth * n * n),
+            "depthnet, stacked": adamw([parameter(device, depth, n, n)], lr=rates(depth)).step,
+            "depthnet, a group each": adamw(groups(parameters(device, depth, n, n))).step,
+            **torchs(device, depth, n, n),
+            "torch fused, stacked": torch.optim.AdamW(
+                [parameter(device, depth, n, n)], fused=True
+            ).step,
+            "torch compile, one lr": compiled(parameters(device, depth, n, n)),
+            "copy": copy(device, depth * n * n),
         }
-        rows += measured("stack", {"n": n, "tensors": depth}, depth * n * n, providers)
+        rows += measured("stack", device, {"n": n, "tensors": depth}, depth * n * n, providers)
     return rows
 
 
-def many() -> list[dict]:
+def many(device: str) -> list[dict]:
     adamw = depthnet.optim.AdamW
     providers = {
-        "depthnet, a group each": adamw(groups(parameters(MANY, 1000))).step,
-        "depthnet, one lr": adamw(parameters(MANY, 1000)).step,
-        **torchs(MANY, 1000),
-        "copy": copy(MANY * 1000),
+        "depthnet, a group each": adamw(groups(parameters(device, MANY, 1000))).step,
+        "depthnet, one lr": adamw(parameters(device, MANY, 1000)).step,
+        **torchs(device, MANY, 1000),
+        "copy": copy(device, MANY * 1000),
     }
-    return measured("many", {"n": 1000, "tensors": MANY}, MANY * 1000, providers, rounds=5)
+    return measured("many", device, {"n": 1000, "tensors": MANY}, MANY * 1000, providers, rounds=5)
 
 
-def overhead() -> list[dict]:
+def overhead(device: str) -> list[dict]:
     """Steps that move next to nothing."""
     rows = []
     for count in (10, 100, 1000, 10_000):
         providers = {
-            "depthnet, one lr": depthnet.optim.AdamW(parameters(count, 4)).step,
-            "torch fused, one lr": torch.optim.AdamW(parameters(count, 4), fused=True).step,
+            "depthnet, one lr": depthnet.optim.AdamW(parameters(device, count, 4)).step,
+            "torch fused, one lr": torch.optim.AdamW(parameters(device, count, 4), fused=True).step,
         }
-        rows += measured("overhead", {"n": 4, "tensors": count}, 4 * count, providers, rounds=10)
+        rows += measured(
+            "overhead", device, {"n": 4, "tensors": count}, 4 * count, providers, rounds=10
+        )
     return rows
 
 
-def measured(section: str, size: dict, elements: int, providers: dict, rounds: int = 30):
-    times = interleaved(providers, rounds=rounds)
+def measured(
+    section: str, device: str, size: dict, elements: int, providers: dict, rounds: int = 30
+) -> list[dict]:
+    times = interleaved(providers, rounds=rounds, device=device)
     return [
         {
             "section": section,
@@ -131,11 +144,16 @@ def report(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    print_machine()
+    device = parse_args(
+        argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+    ).device
+    print_machine(device)
     torch._dynamo.config.recompile_limit = len(SHAPES) + 1  # each shape is compiled once
-    rows = [*stacks(), *many(), *overhead()]
+    rows = [*stacks(device), *many(device), *overhead(device)]
     report(rows)
-    write_csv("optimizer.csv", rows)
+    write_csv("optimizer.csv", rows, device=device)
 
 
 if __name__ == "__main__":

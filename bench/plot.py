@@ -229,8 +229,94 @@ def memory() -> None:
     save(figure, "Memory of forward + backward", rows[0], "memory.png")
 
 
+def roofline() -> None:
+    rows = read_csv("roofline.csv")
+    colours = {
+        "depthnet": COLOURS["depthnet"],
+        "depthnet, by plan": "#56B4E9",
+        "eager": COLOURS["eager"],
+        "compile": COLOURS["compile"],
+    }
+    figure = Figure(figsize=(12, 8.5), layout="constrained")
+    chips = unique(row["chip"] for row in rows)
+    for axis, chip in zip(figure.subplots(2, 2, sharey=True).flat, chips, strict=True):
+        own = [row for row in rows if row["chip"] == chip]
+        labels = unique(f"n={row['n']}\nL={row['depth']}\nB={row['rows']}" for row in own)
+        times, device = (
+            {name: [float(row[key]) for row in own if row["provider"] == name] for name in colours}
+            for key in ("ms", "device_ms")
+        )
+        grouped_bars(axis, labels, times, colours)
+        for name, bars in zip(colours, list(axis.containers), strict=True):
+            middles = [bar.get_x() + bar.get_width() / 2 for bar in bars]
+            (marks,) = axis.plot(middles, device[name], "_", color="black", markersize=8)
+        marks.set_label("of it the GPU alone, as in a CUDA graph")
+        axis.set_yscale("log")
+        axis.set_title(chip)
+        axis.set_ylabel("predicted ms a step")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.suptitle(
+        "PREDICTED, not measured: a training step of a ResNet with AdamW, bfloat16 autocast"
+    )
+    figure.savefig(RESULTS / "roofline.png", dpi=120)
+    print(f"wrote {RESULTS / 'roofline.png'}")
+
+
+def numerics() -> None:
+    # What coincides is drawn by hollow marks around the others' filled ones.
+    styles = {
+        "depthnet, native": {"color": COLOURS["depthnet"], "fmt": "o-", "ms": 5},
+        "depthnet, Triton": {"color": COLOURS["depthnet"], "fmt": "s", "ms": 9, "mfc": "none"},
+        "depthnet, reference": {"color": "black", "fmt": "D", "ms": 12, "mfc": "none"},
+        "eager autocast, float32 x": {"color": COLOURS["compile"], "fmt": "^-", "ms": 6},
+        "eager autocast, 16-bit x": {"color": COLOURS["eager"], "fmt": "v-", "ms": 6},
+        "eager, all 16-bit": {"color": COLOURS["eager"], "fmt": "o", "ms": 12, "mfc": "none"},
+    }
+    phis = {"abs": "phi(h) = |h|", "identity": "phi(h) = h: no slope depends on a sign"}
+    quantities = {
+        "output": "output",
+        "grad_x": "gradient of x",
+        "grad_weight": "gradients of the weights",
+    }
+    rows = [row for row in read_csv("numerics.csv") if row["dtype"] == "bfloat16"]
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    grid = figure.subplots(len(phis), len(quantities), sharey=True)
+    for line, (phi, phi_title) in zip(grid, phis.items(), strict=True):
+        for axis, (quantity, title) in zip(line, quantities.items(), strict=True):
+            for provider in unique(row["provider"] for row in rows if row["activation"] == phi):
+                own = [r for r in rows if (r["activation"], r["provider"]) == (phi, provider)]
+                depths = [int(row["depth"]) for row in own]
+                middle, least, most = (
+                    [float(row[quantity + which]) for row in own]
+                    for which in ("", "_least", "_most")
+                )
+                below = [m - low for m, low in zip(middle, least, strict=True)]
+                above = [high - m for m, high in zip(middle, most, strict=True)]
+                label = f"{provider} ({own[0]['stream']} stream)"
+                axis.errorbar(
+                    depths, middle, (below, above), capsize=3, label=label, **styles[provider]
+                )
+            root = [2e-3 * (depth / depths[0]) ** 0.5 for depth in depths]
+            axis.plot(depths, root, ":", color=COLOURS["copy"], label="growth like √L")
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks(depths, depths)
+            axis.set_title(title)
+            axis.set_xlabel("depth L")
+            axis.grid(alpha=0.3)
+        line[0].set_ylabel(f"{phi_title}\nrelative RMS error against float64")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    first = rows[0]
+    title = (
+        f"Rounding error, bfloat16, n = {first['n']}, median and range of {first['seeds']} seeds"
+    )
+    save(figure, title, first, "numerics.png")
+
+
 if __name__ == "__main__":
     residual()
     throughput()
     optimizer()
     memory()
+    roofline()
+    numerics()

@@ -1,41 +1,58 @@
 """What bandwidth does scaled_residual reach?
 
     python bench/residual.py
+    python bench/residual.py --device cuda
 
 Forward x + scale * (|h| - mean|h|) and backward, beside eager PyTorch, torch.compile, and a plain copy
 of the same number of bytes (the limit of the memory).  Every provider writes to outputs allocated
-beforehand.  Forward moves x, h, y and one bit an element; backward the two gradients and the bits.
+beforehand; on a GPU depthnet allocates its own, in PyTorch's caching allocator.  Forward moves x, h, y and
+one bit an element; backward the two gradients and the bits.
 """
 
+import argparse
 import itertools
+from collections.abc import Callable
 
 import torch
-from common import dtype_name, interleaved, print_machine, write_csv
+from common import dtype_name, interleaved, parse_args, print_machine, write_csv
+from torch import Tensor
 
 from depthnet import _C
 from depthnet.kernels.cpu import DTYPES
+from depthnet.kernels.dispatch import select
 
 SHAPES = [(128, 64), (128, 256), (128, 1024), (2048, 256), (16384, 256), (65536, 256)]
 SCALE = 0.1
 
 
-def providers(mode: str, rows: int, n: int, dtype: torch.dtype) -> tuple[dict, float]:
-    x, h, g = (torch.randn(rows, n).to(dtype) for _ in range(3))
-    y, z, mean = torch.empty_like(x), torch.empty_like(x), torch.empty(rows, 1, dtype=dtype)
-    signs = torch.zeros(rows, (n + 7) // 8, dtype=torch.uint8)
-    threads = torch.get_num_threads()
-    constants = (SCALE, 0, 1.0, 1.0, True, threads)
-    shape = (DTYPES[dtype], 1, rows, n)
+def native(mode: str, x: Tensor, h: Tensor, y: Tensor, signs: Tensor) -> Callable[[], object]:
+    """depthnet's kernel without autograd; backward x is the output's gradient and y that of h."""
+    rows, n = x.shape
+    if x.is_cuda:
+        backend = select("scaled_residual", x)
+        x, h, signs = x[None], h[None], signs[None]
+        constants = (SCALE, None, 1.0, 1.0, True)
+        if mode == "forward":
+            return lambda: backend.scaled_residual(x, h, *constants, True)
+        return lambda: backend.scaled_residual_backward(x, signs, *constants)
+    kernel = _C.residual_forward if mode == "forward" else _C.residual_backward
+    used = (x, h, y, signs) if mode == "forward" else (x, signs, y)
+    tensors = [value for tensor in used for value in (tensor.data_ptr(), 0)]
+    shape = (DTYPES[x.dtype], 1, rows, n)
+    constants = (SCALE, 0, 1.0, 1.0, True, torch.get_num_threads())
 
-    def blocks(*tensors):
-        return [value for tensor in tensors for value in (tensor.data_ptr(), 0)]
+    def call(alive=used):  # the kernel sees addresses only
+        kernel(*shape, *tensors, *constants)
 
+    return call
+
+
+def providers(mode: str, rows: int, n: int, dtype: torch.dtype, device: str) -> tuple[dict, float]:
+    x, h = (torch.randn(rows, n, device=device).to(dtype) for _ in range(2))
+    y, z, mean = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x[:, :1])
+    signs = torch.zeros(rows, (n + 7) // 8, dtype=torch.uint8, device=device)
     if mode == "forward":
-        tensors = blocks(x, h, y, signs)
         bytes_moved = rows * n * (3 * x.element_size() + 1 / 8)
-
-        def native(alive=(x, h, y, signs)):  # the kernel sees addresses only
-            _C.residual_forward(*shape, *tensors, *constants)
 
         def eager(y=y, z=z, mean=mean):
             torch.abs(h, out=z)
@@ -43,32 +60,32 @@ def providers(mode: str, rows: int, n: int, dtype: torch.dtype) -> tuple[dict, f
             torch.sub(z, mean, out=z)
             torch.add(x, z, alpha=SCALE, out=y)
     else:
-        tensors = blocks(g, signs, y)
         bytes_moved = rows * n * (2 * x.element_size() + 1 / 8)
 
-        def native(alive=(g, signs, y)):
-            _C.residual_backward(*shape, *tensors, *constants)
-
         def eager(y=y, z=z, mean=mean):
-            torch.mean(g, -1, keepdim=True, out=mean)
-            torch.sub(g, mean, out=y)
+            torch.mean(x, -1, keepdim=True, out=mean)
+            torch.sub(x, mean, out=y)
             torch.sgn(h, out=z)
             torch.mul(y, z, out=y)
             y.mul_(SCALE)
 
-    source = torch.randn(int(bytes_moved / 8))  # read once and written once
+    source = torch.randn(int(bytes_moved / 8), device=device)  # read once and written once
     target = torch.empty_like(source)
-    compiled = torch.compile(eager, dynamic=False)
     return {
-        "depthnet": native,
+        "depthnet": native(mode, x, h, y, signs),
         "eager": eager,
-        "compile": compiled,
+        "compile": torch.compile(eager, dynamic=False),
         "copy": lambda: target.copy_(source),
     }, bytes_moved
 
 
 def main() -> None:
-    print_machine()
+    device = parse_args(
+        argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+    ).device
+    print_machine(device)
     print(
         f"{'mode':>8} {'dtype':>9} {'rows':>6} {'n':>5}  GB/s: depthnet  eager compile   copy"
         "  of copy  x best"
@@ -77,8 +94,8 @@ def main() -> None:
     for dtype, mode in itertools.product((torch.float32, torch.bfloat16), ("forward", "backward")):
         for shape in SHAPES:
             torch._dynamo.reset()
-            functions, bytes_moved = providers(mode, *shape, dtype)
-            times = interleaved(functions)
+            functions, bytes_moved = providers(mode, *shape, dtype, device)
+            times = interleaved(functions, device=device)
             rate = {name: bytes_moved / seconds / 1e9 for name, seconds in times.items()}
             of_copy = rate["depthnet"] / rate["copy"]
             against_best = rate["depthnet"] / max(rate["eager"], rate["compile"])
@@ -103,7 +120,7 @@ def main() -> None:
                         "bytes": int(bytes_moved),
                     }
                 )
-    write_csv("residual.csv", rows)
+    write_csv("residual.csv", rows, device=device)
 
 
 if __name__ == "__main__":

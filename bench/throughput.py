@@ -2,28 +2,44 @@
 
     python bench/throughput.py
     python bench/throughput.py --isa avx2 --sections step --rounds 10
+    python bench/throughput.py --device cuda
 
 Forward and backward (the gradients of x and of all weights) of `residual_stack`, beside eager PyTorch,
 torch.compile, the stack's matrix products alone, and the time that the products' multiply-adds take at
 the least, at the rate of independent FMAs in registers.  Targets that even this least time would miss on
 the machine are called out of reach.
+
+On a GPU, the limit is the peak that the maker of the chip publishes; bandwidths are of the bytes that
+depthnet's plan says must move; peak memory is what a call allocates above what is there before it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import operator
 import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from common import dtype_name, interleaved, print_machine, print_table, write_csv
-from stack import Stack, plain_stack
+from common import (
+    chip,
+    dtype_name,
+    interleaved,
+    parse_args,
+    print_machine,
+    print_table,
+    write_csv,
+)
+from memory import peak_of
+from stack import CLASSES, FEATURES, GPU_SHAPES, PlainResNet, Stack, plain_stack
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 import depthnet
 from depthnet import _C
-from depthnet.kernels import residual_stack, use_backend
+from depthnet.kernels import plan, residual_stack, use_backend
 from depthnet.scaling import torch_param_groups
 
 ROWS = 128
@@ -32,6 +48,8 @@ DEPTHS = [64, 256, 1024, 4096, 8192]
 MEMBERS = 33
 TRAINING_SHAPES = [(64, 64), (256, 64)]
 DTYPE_SHAPES = [(128, 64), (512, 32)]
+COMPILED_DEPTH = 64  # torch.compile unrolls the layers: at depth 1024 it would take an hour
+LR = 1e-6  # small, so that the loss stays where it is and the work the same
 
 BOTH = "forward+backward"
 PRODUCTS = {"forward": 1, BOTH: 3}  # matrix products a layer: h; and the gradients of x and W
@@ -58,10 +76,15 @@ TARGETS = {
 }
 
 
+def flop(mode: str, n: int, depth: int, rows: int) -> int:
+    """Of the stack's matrix products."""
+    return 2 * PRODUCTS[mode] * rows * n * n * depth
+
+
 def fma_limit(mode: str, n: int, depth: int, rows: int = ROWS) -> dict[str, Callable]:
     """For `interleaved`: the seconds that the matrix products take at the peak rate of FMAs."""
-    flop = 2 * PRODUCTS[mode] * rows * n * n * depth
-    return {LIMIT: lambda seconds: flop / _C.fma_peak(seconds, torch.get_num_threads())}
+    work = flop(mode, n, depth, rows)
+    return {LIMIT: lambda seconds: work / _C.fma_peak(seconds, torch.get_num_threads())}
 
 
 def compiled(stack: Stack, run: Callable) -> Callable:
@@ -281,20 +304,18 @@ def inference(rounds: int) -> list[dict]:
 
 def training(rounds: int) -> list[dict]:
     """A whole training step of depthnet.ResNet, with loss and AdamW."""
-    features, classes = 32, 10
-    lr = 1e-6  # small, so that the loss stays where it is and the work the same
-    x, target = torch.randn(ROWS, features), torch.randint(classes, (ROWS,))
+    x, target = torch.randn(ROWS, FEATURES), torch.randint(CLASSES, (ROWS,))
 
     def train(model, optimizer):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(x), target).backward()
+        cross_entropy(model(x), target).backward()
         optimizer.step()
 
     rows, table = [], []
     for n, depth in TRAINING_SHAPES:
-        ours, plain = (depthnet.ResNet(features, n, depth, classes) for _ in range(2))
-        our_adamw = depthnet.optim.AdamW(ours, lr=lr)
-        torch_adamw = torch.optim.AdamW(torch_param_groups(plain, lr), fused=True)
+        ours, plain = (depthnet.ResNet(FEATURES, n, depth, CLASSES) for _ in range(2))
+        our_adamw = depthnet.optim.AdamW(ours, lr=LR)
+        torch_adamw = torch.optim.AdamW(torch_param_groups(plain, LR), fused=True)
 
         def depthnet_step(model=ours, optimizer=our_adamw):
             train(model, optimizer)
@@ -336,9 +357,105 @@ def dtypes(rounds: int) -> list[dict]:
     return rows
 
 
+def on_gpu(
+    providers: dict[str, Callable[[], object]],
+    rounds: int,
+    section: str,
+    n: int,
+    depth: int,
+    batch: int,
+    dtype: torch.dtype,
+    mode: str = BOTH,
+    kernel: str = "residual_stack",
+) -> tuple[list[dict], list[tuple]]:
+    """Rows of the CSV and of the table: time, rates of the stack's work, and memory."""
+    products = "forward" if mode == "forward" else BOTH
+    own = plan((batch, n), (depth, n, n), dtype)
+    moved = sum(launch.bytes for launch in own.forward) if mode == "forward" else own.bytes
+    limit = chip().flops[dtype_name(dtype)] if chip() else None
+    times = interleaved(providers, rounds, device="cuda")
+    shape = {"n": n, "depth": depth, "rows": batch, "dtype": dtype}
+    rows, lines = records(times, section=section, kernel=kernel, mode=mode, **shape), []
+    for row, (name, seconds) in zip(rows, times.items(), strict=True):
+        rate = flop(products, n, depth, batch) / seconds
+        row["tflop_per_s"] = f"{rate / 1e12:.3f}"
+        row["percent_of_peak"] = f"{100 * rate / limit:.2f}" if limit else "unknown chip"
+        row["gb_per_s"] = f"{moved / seconds / 1e9:.1f}" if name == "depthnet" else ""
+        # A whole step frees gradients first, and a captured one has its memory beforehand.
+        row["peak_bytes"] = peak_of(providers[name], "cuda") if kernel == "residual_stack" else ""
+        measured = (row[key] for key in COLUMNS)
+        lines.append((mode, row["dtype"], n, depth, batch, name, seconds * 1e3, *measured))
+    return rows, lines
+
+
+COLUMNS = "tflop_per_s", "percent_of_peak", "gb_per_s", "peak_bytes"
+HEADER = "", "dtype", "n", "L", "B", "", "ms", *COLUMNS
+
+
+def stack(rounds: int) -> list[dict]:
+    """On a GPU: the stack's training step and its inference."""
+    rows, table = [], []
+    for dtype, shape in itertools.product((torch.float32, torch.bfloat16), GPU_SHAPES):
+        n, depth, batch = shape
+        own = Stack(n, depth, batch, dtype, device="cuda")
+        step = {"depthnet": own.depthnet_step, "eager": own.eager_step, GEMMS: bare_gemms(own)}
+        inference = {name: torch.no_grad()(getattr(own, name)) for name in ("depthnet", "eager")}
+        if depth <= COMPILED_DEPTH:
+            step["compile"] = compiled(own, own.eager_step)
+        for mode, providers in ((BOTH, step), ("forward", inference)):
+            new = on_gpu(providers, rounds, "stack", *shape, dtype, mode)
+            rows += new[0]
+            table += new[1]
+    print_table(f"Residual stack, {chip().name if chip() else 'unknown chip'}", HEADER, table)
+    return rows
+
+
+def train(model, optimizer, x: Tensor, target: Tensor) -> Tensor:
+    """A training step on a GPU."""
+    optimizer.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = cross_entropy(model(x), target)
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def network(rounds: int) -> list[dict]:
+    """On a GPU: a whole training step of a network, in bfloat16 autocast; plain and as a CUDA graph."""
+    rows, table = [], []
+    for n, depth, batch in GPU_SHAPES:
+        x = torch.randn(batch, FEATURES, device="cuda")
+        target = torch.randint(CLASSES, (batch,), device="cuda")
+        ours = [depthnet.ResNet(FEATURES, n, depth, CLASSES, device="cuda") for _ in range(2)]
+        one, other = (partial(train, each, depthnet.optim.AdamW(each, lr=LR)) for each in ours)
+        plain = PlainResNet(n, depth, device="cuda")
+        plain_adamw = plain.adamw(LR)
+        steps = {
+            "depthnet": one,
+            "depthnet, captured": depthnet.graphs.capture(other),
+            "eager": partial(train, plain, plain_adamw),
+        }
+        if depth <= COMPILED_DEPTH:
+            torch._dynamo.reset()
+            steps["compile"] = partial(train, torch.compile(plain, dynamic=False), plain_adamw)
+        for step in steps.values():
+            for _ in range(5):  # compiled and captured before anything is timed
+                step(x, target)
+        providers = {name: partial(step, x, target) for name, step in steps.items()}
+        new = on_gpu(
+            *(providers, rounds, "network", n, depth, batch, torch.bfloat16),
+            mode="training step",
+            kernel="ResNet",
+        )
+        rows += new[0]
+        table += new[1]
+    print_table("ResNet, a step with loss and AdamW, bfloat16 autocast", HEADER, table)
+    return rows
+
+
 SECTIONS = {
-    section.__name__: section
-    for section in (step, passes, depth, population, inference, training, dtypes)
+    "cpu": (step, passes, depth, population, inference, training, dtypes),
+    "cuda": (stack, network),
 }
 
 
@@ -355,20 +472,25 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=30, help="timings a provider (default: %(default)s)"
     )
+    names = {device: [each.__name__ for each in own] for device, own in SECTIONS.items()}
     parser.add_argument(
         "--sections",
         nargs="+",
-        choices=SECTIONS,
-        default=list(SECTIONS),
-        help="what to measure; the CSV keeps its rows of all other sections (default: all)",
+        choices=[*names["cpu"], *names["cuda"]],
+        help="what to measure; the CSV keeps its rows of all other sections (default: all; "
+        f"{' and '.join(names['cuda'])} are a GPU's)",
     )
-    args = parser.parse_args()
+    args = parse_args(parser)
+    for name in args.sections or ():
+        if name not in names[args.device]:
+            parser.error(f"--sections: there is no {name} on --device {args.device}")
     if args.isa:
         _C.select_isa(args.isa)
-    print_machine()
-    for section in args.sections:
-        rows = SECTIONS[section](args.rounds)
-        write_csv(f"throughput_{args.isa}.csv" if args.isa else "throughput.csv", rows, "section")
+    print_machine(args.device)
+    file = f"throughput_{args.isa}.csv" if args.isa else "throughput.csv"
+    for section in SECTIONS[args.device]:
+        if section.__name__ in (args.sections or names[args.device]):
+            write_csv(file, section(args.rounds), "section", args.device)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,17 @@
 from depthnet.kernels.activations import ACTIVATIONS, slopes
 from depthnet.kernels.dispatch import BackendStatus, backends, use_backend
 from depthnet.kernels.optimizer import adamw_step_, sgd_step_
+from depthnet.kernels.planning import Plan, plan
 from depthnet.kernels.residual import scaled_residual
 from depthnet.kernels.stack import residual_stack
 
 __all__ = [
     "ACTIVATIONS",
     "BackendStatus",
+    "Plan",
     "adamw_step_",
     "backends",
+    "plan",
     "residual_stack",
     "scaled_residual",
     "sgd_step_",

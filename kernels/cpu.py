@@ -94,7 +94,6 @@ def residual_stack(
 ) -> tuple[Tensor, Tensor, Tensor]:
     members, rows, n = x.shape
     depth = weight.shape[1]
-    weight = _matrices(weight)
     stream = x.to(stream_dtype(x.dtype)).contiguous()
     y = torch.empty_like(stream)
     inputs = torch.empty((members, depth, rows, n) if save else 0, dtype=weight.dtype)
@@ -120,7 +119,6 @@ def residual_stack_backward(
     grad_weight: Tensor | None,
 ) -> Tensor:
     members, depth, rows, n = inputs.shape
-    weight = _matrices(weight)
     g = grad.to(stream_dtype(grad.dtype)).contiguous()
     grad_x = torch.empty_like(g)
     constants, _alive = _constants(scale, scales, p, q, mean_subtract)
@@ -129,12 +127,6 @@ def residual_stack_backward(
     out = (0, 0) if grad_weight is None else _block(grad_weight)
     _C.residual_stack_backward(*sizes, *_layers(weight), *pointers, *out, *constants)
     return grad_x.to(grad.dtype)
-
-
-def _matrices(weight: Tensor) -> Tensor:
-    """(P, L, n, n) of which each matrix is contiguous."""
-    n = weight.shape[-1]
-    return weight if weight.stride()[2:] == (n, 1) else weight.contiguous()
 
 
 def _layers(weight: Tensor) -> tuple[int, int, int]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import depthnet
 from depthnet.kernels.device_tables import device_tables
-from depthnet.kernels.step import StepTables
+from depthnet.kernels.reference import sign_bytes
+from depthnet.kernels.step import DTYPES, StepTables
 
 try:
     from depthnet import _C_cuda
@@ -35,9 +36,7 @@ def missing() -> list[str]:
 
 def unsupported(op: str, *tensors: Tensor) -> list[str]:
     """Why `op` cannot run here on these tensors; empty if it can."""
-    reasons = []
-    if op != "optimizer_step_":
-        reasons.append(f"{op} has no CUDA kernel yet")
+    reasons = [] if op in globals() else [f"{op} has no CUDA kernel yet"]
     for tensor in tensors:
         if not tensor.is_cuda:
             return [*reasons, f"a tensor is on {tensor.device}"]
@@ -50,6 +49,63 @@ def details() -> str:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _block(tensor: Tensor) -> tuple[int, int]:
+    """Address and member stride of a tensor whose members are contiguous."""
+    return tensor.data_ptr(), tensor.stride(0)
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """The device that a tensor is on, and its current stream."""
+    device = tensor.device.index
+    return device, torch.cuda.current_stream(device).cuda_stream
+
+
+def scaled_residual(
+    x: Tensor,
+    h: Tensor,
+    scale: float,
+    scales: Tensor | None,
+    p: float,
+    q: float,
+    mean_subtract: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    x, h = x.contiguous(), h.contiguous()
+    scales = None if scales is None else scales.contiguous()
+    y = torch.empty_like(x)
+    shape = (*x.shape[:2], sign_bytes(x.shape[2])) if save else (0,)
+    signs = torch.empty(shape, dtype=torch.uint8, device=x.device)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            _C_cuda.residual_forward(
+                *(DTYPES[x.dtype], *x.shape, *_block(x), *_block(h), *_block(y)),
+                *(*(_block(signs) if save else (0, 0)), scale, _address(scales), p, q),
+                *(mean_subtract, *_place(x)),
+            )
+    return y, signs
+
+
+def scaled_residual_backward(
+    grad: Tensor,
+    signs: Tensor,
+    scale: float,
+    scales: Tensor | None,
+    p: float,
+    q: float,
+    mean_subtract: bool,
+) -> Tensor:
+    grad = grad.contiguous()
+    scales = None if scales is None else scales.contiguous()
+    out = torch.empty_like(grad)
+    if grad.numel():
+        with torch.cuda.device_of(grad):
+            _C_cuda.residual_backward(
+                *(DTYPES[grad.dtype], *grad.shape, *_block(grad), *_block(signs), *_block(out)),
+                *(scale, _address(scales), p, q, mean_subtract, *_place(grad)),
+            )
+    return out
 
 
 def optimizer_step_(tables: StepTables) -> None:

@@ -37,7 +37,7 @@ def _residual_stack(x, weight, scale, scales, p, q, mean_subtract, every, save):
     if weight.shape[1] == 0:  # no layers: an op returns new tensors all the same
         rest = _residual_stack_fake(x, weight, scale, scales, p, q, mean_subtract, every, save)[1:]
         return x.clone(), *rest
-    backend = select("residual_stack", x, weight)
+    backend, weight = select("residual_stack", x, weight), _matrices(weight)
     if not (every and save):
         return backend.residual_stack(x, weight, scale, scales, p, q, mean_subtract, save)
     # Between segments the stream stays in the precision that it is computed in, so that the backward
@@ -50,6 +50,12 @@ def _residual_stack(x, weight, scale, scales, p, q, mean_subtract, every, save):
             stream, weight[:, start:end], scale, scales, p, q, mean_subtract, False
         )
     return stream.to(x.dtype), torch.stack(starts, 1), _no_signs(x)
+
+
+def _matrices(weight):
+    """(P, L, n, n) of which each matrix is contiguous, as the backends want them."""
+    n = weight.shape[-1]
+    return weight if weight.stride()[2:] == (n, 1) else weight.contiguous()
 
 
 def _no_signs(x):
@@ -76,7 +82,7 @@ def _residual_stack_backward(
     grad_weight = weight.new_empty(weight.shape if weight_grad else 0)
     if weight.shape[1] == 0:
         return grad.clone(), grad_weight
-    backend = select("residual_stack", grad, weight)
+    backend, weight = select("residual_stack", grad, weight), _matrices(weight)
     constants = scale, scales, p, q, mean_subtract
     if not every:
         out = grad_weight if weight_grad else None

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-BACKENDS = ["reference", "cpu-baseline", "cpu-avx2", "cpu-avx512", "cpu-avx512_bf16"]
-native = pytest.mark.parametrize(
-    "backend", [name for name in BACKENDS if name != "reference"], indirect=True
-)
+NATIVE = ["cpu-baseline", "cpu-avx2", "cpu-avx512", "cpu-avx512_bf16"]
+BACKENDS = ["reference", *NATIVE, "triton"]
+native = pytest.mark.parametrize("backend", NATIVE, indirect=True)
 WIDTHS = [1, 7, 63, 64, 100, 129]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["identity", "relu", "abs", "leaky_relu", (0.5, -2.0)]

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from cases import BACKENDS, cpu_isas
-
-from depthnet import kernels
+from backends import run_on
+from cases import BACKENDS
+from cuda_on_host import compile_library
 
 
 @pytest.fixture(autouse=True)
@@ -20,20 +20,12 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def cuda_on_host(tmp_path_factory):
+    return compile_library(tmp_path_factory.mktemp("cuda"))
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Run the test on one backend; the native CPU kernels once per instruction set."""
-    name, _, isa = request.param.partition("-")
-    if not isa:
-        with kernels.use_backend(name):
-            yield request.param
-        return
-    if isa not in cpu_isas():
-        pytest.skip(f"this machine or build has only the instruction sets {cpu_isas()}")
-    from depthnet import _C
-
-    before = _C.selected_isa()
-    _C.select_isa(isa)
-    with kernels.use_backend(name):
-        yield request.param
-    _C.select_isa(before)
+    yield from run_on(request)

@@ -1,4 +1,4 @@
-// What a launch takes, and the launchers of optimizer.cu.
+// What a launch takes, and the launchers.
 #pragma once
 
 #include <cstdint>
@@ -32,14 +32,30 @@ struct StepLaunch {
   double max_grad_norm;     // that gradients, after grad_scale, are brought down to; infinity for none
 };
 
+// y = x + scale * (phi(h) - mean(phi(h))) over rows of n elements, or its gradient with respect to h.
+// A tensor is `members` blocks of `rows` contiguous rows; a stride, in elements, separates blocks.
+struct ResidualLaunch {
+  int dtype;
+  int64_t members, rows, n;
+  const void* x;   // null in the backward pass
+  const void* h;   // in the backward pass the gradient of y
+  void* out;       // y, or the gradient of h
+  uint8_t* signs;  // ceil(n/8) bytes a row, bit i%8 of byte i/8 is h[i] >= 0; may be null with x
+  int64_t x_stride, h_stride, out_stride, signs_stride;
+  double scale;          // times scales[member] where scales is given
+  const double* scales;  // one per member, or null
+  double p, q;           // slopes of phi
+  bool mean_subtract;
+};
+
 extern "C" {
 
 // Why the kernels cannot run on this machine, or null.
 const char* depthnet_cuda_missing();
 
-// One optimizer step on a stream of a device, which is the calling thread's from then on; returns what went
-// wrong, or null.
+// On a stream of a device, which is the calling thread's from then on; they return what went wrong or null.
 const char* depthnet_cuda_step(bool adam, const StepLaunch* launch, int device, uintptr_t stream);
+const char* depthnet_cuda_residual(const ResidualLaunch* launch, int device, uintptr_t stream);
 
 }
 

@@ -37,10 +37,12 @@ DEPTHNET_DEVICE float widened(float v) { return v; }
 DEPTHNET_DEVICE double widened(double v) { return v; }
 DEPTHNET_DEVICE float widened(bfloat16 v) { return float_of(uint32_t(v.bits) << 16); }
 DEPTHNET_DEVICE float widened(float16 v) {
-  const uint32_t sign = uint32_t(v.bits & 0x8000) << 16, shifted = uint32_t(v.bits & 0x7fff) << 13;
-  // The exponents' biases differ by 112; subnormal halves become normal floats.
-  const uint32_t finite = bits_of(float_of(shifted) * 0x1p112f);
-  return float_of(sign | (shifted < 0x7c00u << 13 ? finite : shifted | kInfinity));
+  const uint32_t sign = uint32_t(v.bits & 0x8000) << 16, magnitude = v.bits & 0x7fff;
+  // The exponents' biases differ by 112; the last bit of a float in [1/2, 1) is that of a subnormal half.
+  const uint32_t subnormal = bits_of(float_of(bits_of(0.5f) + magnitude) - 0.5f);
+  const uint32_t normal = (magnitude << 13) + (112u << 23);
+  const uint32_t finite = magnitude < 0x400 ? subnormal : normal;
+  return float_of(sign | (magnitude < 0x7c00 ? finite : magnitude << 13 | kInfinity));
 }
 
 // To nearest, ties to even; NaN stays NaN, quiet.

@@ -1,5 +1,6 @@
 // Runs the per-thread code of the CUDA kernels over the launch grid on the host, one block after another.
 #include "cuda/optimizer.h"
+#include "cuda/residual.h"
 
 using namespace depthnet::cuda;
 
@@ -23,6 +24,16 @@ extern "C" void step_on_host(bool adam, const StepLaunch* launch, bool backwards
     });
   if (adam) step_blocks<Adam>(*launch, backwards);
   else step_blocks<Sgd>(*launch, backwards);
+}
+
+extern "C" void residual_on_host(const ResidualLaunch* launch, bool backwards) {
+  choose_variant(*launch, [&](auto variant, int team, int64_t blocks) {
+    using V = decltype(variant);
+    for_each_block(blocks, backwards, [&](const Block& block) {
+      if (launch->x) forward_block<typename V::T, V::N, V::E>(block, *launch, team);
+      else backward_block<typename V::T, V::N, V::E>(block, *launch, team);
+    });
+  });
 }
 
 extern "C" int64_t chunk_size() { return kChunk; }

@@ -7,11 +7,6 @@ concurrency, is tested on one only.
 from __future__ import annotations
 
 import ctypes
-import os
-import shlex
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +17,6 @@ from torch import Tensor
 from depthnet.kernels import cuda
 from depthnet.kernels.device_tables import device_tables
 from depthnet.kernels.step import StepTables
-
-ROOT = Path(__file__).parents[2]
 
 
 class StepLaunch(ctypes.Structure):
@@ -81,21 +74,9 @@ class OnGpu:
         cuda.optimizer_step_(tables)
 
 
-@pytest.fixture(scope="session")
-def on_host(tmp_path_factory) -> OnHost:
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    if not shutil.which(compiler[0]):
-        pytest.skip(f"no C++ compiler: {compiler[0]} was not found")
-    library = tmp_path_factory.mktemp("cuda") / "cuda_on_host.so"
-    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-    source = Path(__file__).with_name("cuda_on_host.cpp")
-    command = [*compiler, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(library)]
-    compiled = subprocess.run(command, capture_output=True, text=True)
-    assert compiled.returncode == 0, compiled.stderr
-    loaded = ctypes.CDLL(str(library))
-    loaded.chunk_size.restype = ctypes.c_int64
-    loaded.step_on_host.argtypes = [ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool]
-    return OnHost(loaded)
+@pytest.fixture
+def on_host(cuda_on_host) -> OnHost:
+    return OnHost(cuda_on_host)
 
 
 @pytest.fixture(params=["host", "gpu"])

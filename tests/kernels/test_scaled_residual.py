@@ -2,9 +2,25 @@ import math
 
 import pytest
 import torch
-from cases import ACTIVATIONS, DTYPES, WIDTHS, assert_as_accurate, grads, plain_residual
+from backends import run_on
+from cases import (
+    ACTIVATIONS,
+    BACKENDS,
+    DTYPES,
+    WIDTHS,
+    assert_as_accurate,
+    grads,
+    native,
+    plain_residual,
+)
 
 from depthnet import kernels
+
+
+@pytest.fixture(params=[*BACKENDS, "cuda-host", "cuda"])
+def backend(request):
+    """Also the CUDA kernels, which not every operator has."""
+    yield from run_on(request)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -18,6 +34,16 @@ def test_values_and_gradients(backend, dtype, n, mean_subtract):
         plain = grads(lambda x, h: plain_residual(x, h, 0.3, **options), [x, h], g)  # noqa: B023
         truth = grads(lambda x, h: plain_residual(x, h, 0.3, **options), [x, h], g, torch.float64)  # noqa: B023
         assert_as_accurate(str(activation), ours, plain, truth, terms=n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [7, 64, 2500])
+def test_any_alignment(backend, dtype, n):
+    x, h, g = (torch.randn(15 * n + 1).to(dtype)[1:].view(3, 5, n) for _ in range(3))
+    ours = grads(lambda x, h: kernels.scaled_residual(x, h, 0.3), [x, h], g)
+    plain = grads(lambda x, h: plain_residual(x, h, 0.3), [x, h], g)
+    truth = grads(lambda x, h: plain_residual(x, h, 0.3), [x, h], g, torch.float64)
+    assert_as_accurate("", ours, plain, truth, terms=n)
 
 
 @pytest.mark.parametrize("shape", [(6,), (0, 6), (2, 0, 6), (4, 0), (2, 3, 4, 33)])
@@ -123,13 +149,16 @@ def test_one_bit_per_element_is_saved(backend):
 
 
 def test_layout_of_the_saved_signs_is_the_same(backend):
-    x, h = torch.randn(3, 5, 77), torch.randn(3, 5, 77)
-    arguments = (x, h, 0.3, None, 1.0, 1.0, True, True)
-    _, signs = torch.ops.depthnet.scaled_residual(*arguments)
-    with kernels.use_backend("reference"):
-        assert torch.equal(signs, torch.ops.depthnet.scaled_residual(*arguments)[1])
+    for n in (1, 77, 96, 9000, 9001):
+        x, h = torch.randn(3, 5, n), torch.randn(3, 5, n)
+        for mean_subtract in (True, False):
+            arguments = (x, h, 0.3, None, 1.0, 1.0, mean_subtract, True)
+            _, signs = torch.ops.depthnet.scaled_residual(*arguments)
+            with kernels.use_backend("reference"):
+                assert torch.equal(signs, torch.ops.depthnet.scaled_residual(*arguments)[1])
 
 
+@native
 def test_equal_bits_on_one_and_many_threads(backend):
     x, h, g = (torch.randn(4000, 50) for _ in range(3))
     before, results = torch.get_num_threads(), []
@@ -139,17 +168,13 @@ def test_equal_bits_on_one_and_many_threads(backend):
             results.append(grads(lambda x, h: kernels.scaled_residual(x, h, 0.3), [x, h], g))
     finally:
         torch.set_num_threads(before)
-    if backend.startswith("cpu"):  # torch's own reductions may be split otherwise
-        assert all(
-            torch.equal(a, b)
-            for other in results[1:]
-            for a, b in zip(results[0], other, strict=True)
-        )
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
 def test_autocast_keeps_the_stream(backend):
     x, h = torch.randn(4, 16), torch.randn(4, 16).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         y = kernels.scaled_residual(x, h, 0.3)
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, kernels.scaled_residual(x, h.float(), 0.3))
