@@ -122,7 +122,8 @@ def amd_figures(kernel) -> dict:
                 for name, number in re.findall(r"(\w+\.py):(\d+)", line)
             ]
         if found := re.search(r"\b(?:global|buffer)_(load|store)_(?:lds_)?(\w+)", line):
-            accesses.append(Access(found[1], AMD_BITS[found[2]], _array(places)))
+            size = re.sub(r"_d16(_hi)?$", "", found[2])  # which half of a register does not matter
+            accesses.append(Access(found[1], AMD_BITS[size], _array(places)))
 
     def field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s*(\d+)", code)[1])

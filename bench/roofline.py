@@ -40,11 +40,8 @@ from torch.utils.flop_counter import flop_registry
 import depthnet
 from depthnet.kernels import plan
 from depthnet.kernels.chips import CHIPS, Chip
+from depthnet.kernels.planning import OWN_HOST_SECONDS, TORCH_HOST_SECONDS
 
-# Assumed host time of a launch: of PyTorch's operators, issued by its dispatcher and autograd, and of
-# inductor's code; and of a Triton kernel that depthnet launches from Python (9 to 18 microseconds).
-TORCH_HOST_SECONDS = 5e-6
-DEPTHNET_HOST_SECONDS = 18e-6
 ADAMW_BYTES = 28  # an element: float32 p, m, v read and written, g read
 DEPTHS = 2, 3, 4  # at which torch.compile's kernels are counted
 
@@ -213,7 +210,7 @@ def training_step(n: int, depth: int, rows: int) -> list[dict]:
             each = Kernel(launch.flops // launch.count, launch.bytes // launch.count)
             own[each] += launch.count
         everything = around + own
-        host = TORCH_HOST_SECONDS * around.total() + DEPTHNET_HOST_SECONDS * own.total()
+        host = TORCH_HOST_SECONDS * around.total() + OWN_HOST_SECONDS * own.total()
         by_plan = seconds(around + adamw, chip) + stack.seconds
         providers = {
             "depthnet": record(everything, seconds(everything, chip), host),
@@ -251,7 +248,7 @@ def report(rows: list[dict]) -> None:
 def main() -> None:
     print(f"{__doc__}\nAssumed:")
     print(f"{TORCH_HOST_SECONDS * 1e6:.0f} us of host time for a launch of torch's")
-    print(f"{DEPTHNET_HOST_SECONDS * 1e6:.0f} us of host time for a launch of depthnet's")
+    print(f"{OWN_HOST_SECONDS * 1e6:.0f} us of host time for a launch of depthnet's")
     for chip in CHIPS.values():
         print(
             f"{chip.name}: {chip.flops['bfloat16'] / 1e12:.0f} TFLOP/s, "

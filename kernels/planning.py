@@ -27,6 +27,10 @@ SLAB_SECONDS = 0.2e-6  # a slab of a product of which loads are under way before
 # reach in float32 without matrix instructions.
 REACHED, REACHED_BY_FMA = 0.75, 0.5
 
+# Assumed too: what the host takes to launch a kernel of torch's, by its dispatcher and autograd or
+# inductor's code, and one of ours through Triton (9 to 18 us).  It decides for short kernels.
+TORCH_HOST_SECONDS, OWN_HOST_SECONDS = 5e-6, 18e-6
+
 NARROW = 256  # the widest rows that stay in registers
 WIDEST = 2048  # from here on a vendor's products are nearer the peak than ours
 KINDS = {torch.bfloat16: "16bit", torch.float16: "16bit", torch.float64: "float64"}
@@ -122,8 +126,17 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Predicted, of forward and backward pass."""
+        """Predicted, of forward and backward pass, that the GPU takes."""
         return sum(launch.seconds for launch in self._all())
+
+    @property
+    def host_seconds(self) -> float:
+        """Predicted, that the host takes to launch all kernels, unless a CUDA graph does."""
+        return sum(
+            launch.count
+            * (TORCH_HOST_SECONDS if launch.kernel.startswith("torch") else OWN_HOST_SECONDS)
+            for launch in self._all()
+        )
 
     def __str__(self) -> str:
         lines = [f"{self.regime}, {self.arch}; times are predicted"]
@@ -299,7 +312,7 @@ def stack_plan(
     find = {"narrow": _narrow, "layers": _layers, "gemm": _gemm}
     shape, where = (members, rows, n, depth), (kind, arch, shared_bytes)
     plans = (find[regime](*shape, *where) for regime in regimes(n, kind))
-    return min(plans, key=lambda plan: plan.seconds)
+    return min(plans, key=lambda plan: max(plan.seconds, plan.host_seconds))
 
 
 def _narrow(

@@ -79,14 +79,14 @@ def test_bytes_of_narrow():
 
 
 def test_bytes_of_layers():
-    p = plan(*shapes(1, 50, 300, 2), bfloat16, "sm_80")
+    p = plan(*shapes(1, 50, 300, 20), bfloat16, "sm_80")
     assert p.regime == "layers"
     stream = 50 * 300 * 4  # of a layer, each of which reads and writes it
     weights, operands, signs = 300 * 300 * 2, 50 * 300 * 2, 50 * 38
     finish = 2 * stream
-    assert total(p.forward) == 2 * (2 * stream + weights + operands + signs) + finish
-    assert total(p.backward_data) == 2 * (2 * stream + weights + operands + signs)
-    assert total(p.backward_weight) == 2 * (2 * operands + weights)
+    assert total(p.forward) == 20 * (2 * stream + weights + operands + signs) + finish
+    assert total(p.backward_data) == 20 * (2 * stream + weights + operands + signs)
+    assert total(p.backward_weight) == 20 * (2 * operands + weights)
 
 
 def test_bytes_of_gemm():
@@ -175,7 +175,10 @@ def test_float32_is_tf32_where_torch_allows_it(products):
         (((4, 8), (2, 8, 9), float32), ValueError, r"do not fit: \(4, 8\) and \(2, 8, 9\)"),
         (((4, 9), (2, 8, 8), float32), ValueError, "do not fit"),
         (((3, 4, 8), (2, 8, 8), float32), ValueError, "do not fit"),
-        (((8,), (2, 8, 8), float32), ValueError, "do not fit"),
+        (((8,), (2, 8, 8), float32), ValueError, r"x_shape must be \(\*P, B, n\).* got \(8,\)"),
+        (((4, 8), (8, 8), float32), ValueError, r"weight_shape \(\*P, L, n, n\), got .*\(8, 8\)"),
+        (((4, 8), (0, 8, 8), float32), ValueError, r"sizes of 1 at least, got .*\(0, 8, 8\)"),
+        (((0, 8), (2, 8, 8), float32), ValueError, "sizes of 1 at least"),
     ],
 )
 def test_errors(arguments, error, words):
@@ -197,7 +200,7 @@ class TestLaunches:
 
     __test__ = INTERPRETED
 
-    @pytest.mark.parametrize("depth", [1, 6])
+    @pytest.mark.parametrize("depth", [4, 6])
     @pytest.mark.parametrize(
         ("members", "rows", "n", "dtype", "regime"),
         [
