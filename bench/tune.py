@@ -98,13 +98,23 @@ def compiled(job: tuple, candidate: tuple) -> Tile | None:
     columns, slab, warps, stages = candidate
     tile = Tile(rows, columns, slab, warps, stages, 0, 0)
     n = WIDE if size == "wide" else size
-    built = compile_kernel(*variant(kernel, DTYPES[kind], n, tile), arch, warps, stages)
-    found = figures(built, arch)
-    if found["stack_bytes"] or found["spill_instructions"]:
+
+    def figures_of(n: int) -> dict:
+        parts = variant(kernel, DTYPES[kind], n, tile)
+        return figures(compile_kernel(*parts, arch, warps, stages), arch)
+
+    found = figures_of(n)
+    if spills(found) or found["shared_bytes"] > CHIPS[arch].shared_bytes:
         return None
-    if found["shared_bytes"] > CHIPS[arch].shared_bytes:
-        return None
-    return tile._replace(shared_bytes=found["shared_bytes"], registers=found["registers"])
+    return tile._replace(
+        shared_bytes=found["shared_bytes"],
+        registers=found["registers"],
+        any_width=not spills(figures_of(n - 5)),
+    )
+
+
+def spills(found: dict) -> bool:
+    return bool(found["stack_bytes"] or found["spill_instructions"])
 
 
 def first_compiled(job: tuple) -> Tile | None:

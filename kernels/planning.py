@@ -46,6 +46,7 @@ class Tile(NamedTuple):
     stages: int
     shared_bytes: int
     registers: int  # a thread
+    any_width: bool = True  # whether no register spills where rows are no multiples of 16 elements
 
     def resident(self, chip: Chip) -> int:
         """How many programs a multiprocessor holds at once, by registers, threads and shared memory.
@@ -272,12 +273,14 @@ def _seconds(work: _Work, resident: int, rate: float, arch: str) -> float:
     )
 
 
-def _best(kernel, size, work_of, kind, arch, shared_bytes) -> Launch:
+def _best(kernel, size, n, work_of, kind, arch, shared_bytes) -> Launch:
     """One launch, in the tiles that should take the least time."""
     chip = CHIPS[arch]
     launches = []
-    for numbers in tables()[arch][kernel][kind][str(size)]:
-        tile = Tile(*numbers)
+    tiles = [Tile(*numbers) for numbers in tables()[arch][kernel][kind][str(size)]]
+    if n % 16:
+        tiles = [tile for tile in tiles if tile.any_width] or tiles
+    for tile in tiles:
         if tile.shared_bytes > shared_bytes:
             continue
         work = work_of(tile)
@@ -335,8 +338,8 @@ def _narrow(
     size, where = tile_columns(n), (kind, arch, shared_bytes)
     return Plan(
         *("narrow", arch),
-        forward=(_best("narrow_forward", size, work, *where),),
-        backward_data=(_best("narrow_backward_data", size, work, *where),),
+        forward=(_best("narrow_forward", size, n, work, *where),),
+        backward_data=(_best("narrow_backward_data", size, n, work, *where),),
         backward_weight=(_weight_gradient(members, rows, n, depth, *where),),
     )
 
@@ -359,8 +362,8 @@ def _layers(
         )
 
     where = kind, arch, shared_bytes
-    forward = _best("layer_forward", "wide", work, *where)
-    backward_data = _best("layer_backward_data", "wide", work, *where)
+    forward = _best("layer_forward", "wide", n, work, *where)
+    backward_data = _best("layer_backward_data", "wide", n, work, *where)
     return Plan(
         *("layers", arch),
         forward=(_times(depth, forward), _elementwise("layer_finish", 8 * elements, arch)),
@@ -392,7 +395,7 @@ def _weight_gradient(
         )
 
     size = tile_columns(min(n, 128))
-    return _best("weight_gradient", size, work, kind, arch, shared_bytes)
+    return _best("weight_gradient", size, n, work, kind, arch, shared_bytes)
 
 
 def _sizes(members: int, rows: int, n: int, kind: str) -> tuple[int, int, int]:
