@@ -75,12 +75,40 @@ def main() -> None:
     def residual_step():
         return torch.autograd.grad(scaled_residual(x, free_h, scale), free_h, grad)
 
+    member, weights = x[None], weight.detach()[None]
+    constants = scale, None, 1.0, 1.0, True
+    _, inputs, signs = stack.residual_stack(member, weights, *constants, True)
+    grad_weight = torch.empty_like(weights)
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(weight)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad, torch.empty_like(ctx.saved_tensors[0])
+
+    def nothing_step():
+        return torch.autograd.grad(Nothing.apply(free, weight), (free, weight), grad)
+
     def torch_step():
         return torch.autograd.grad(plain_stack(free, layers, scale), (free, *layers), grad)
 
     providers = {
         "residual_stack, forward": no_grad_stack,
         "residual_stack, forward and backward": stack_step,
+        "  its forward launcher alone": lambda: stack.residual_stack(
+            member, weights, *constants, True
+        ),
+        "  its backward launchers alone": lambda: stack.residual_stack_backward(
+            member, weights, inputs, signs, *constants, grad_weight
+        ),
+        "  allocating what forward returns": lambda: [
+            torch.empty(like.shape, dtype=like.dtype) for like in (member, inputs, signs)
+        ],
+        "  an autograd Function that does nothing": nothing_step,
         "scaled_residual, forward and backward": residual_step,
         "AdamW, one stacked parameter": ours.step,
         f"torch, {depth} layers, forward and backward": torch_step,

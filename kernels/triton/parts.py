@@ -14,7 +14,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 @triton.jit
 def multiplier(scale, scales, member):
     """A member's branch multiplier, float32: scale * scales[member], or scale."""
-    scale = tl.cast(scale, tl.float64)  # a number of Python's in the interpreter
+    scale = tl.full((), scale, tl.float64)  # a number of Python's in the interpreter
     if scales is not None:
         scale *= tl.load(scales + member)
     return scale.to(tl.float32)
@@ -24,7 +24,7 @@ def multiplier(scale, scales, member):
 def slope(nonnegative, p, q, TYPE: tl.constexpr):
     """phi'(h) = p if h >= 0 else -q; phi(h) = h * slope."""
     # In the interpreter p and q are Python's numbers.
-    return tl.where(nonnegative, tl.cast(p, TYPE), tl.cast(-q, TYPE))
+    return tl.where(nonnegative, tl.full((), p, TYPE), tl.full((), -q, TYPE))
 
 
 @triton.jit

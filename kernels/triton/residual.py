@@ -8,6 +8,7 @@ backwards, as what was read last is still in the cache.  The formulas are those 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
@@ -262,23 +263,25 @@ def tile(n: int, itemsize: int) -> tuple[int, int, int]:
     return rows, cols, max(rows * cols * computed // 8192, 1) * FEWEST_WARPS
 
 
-def _options(n: int, mean_subtract: bool, *arrays: Tensor | None) -> dict:
-    """How a kernel is compiled for rows of n elements of these arrays, of which some may be None."""
-    present = [array for array in arrays if array is not None]
-    rows, cols, warps = tile(n, max(array.element_size() for array in present))
-    return {
+@lru_cache(4096)
+def _prepared(
+    members: int, rows: int, n: int, mean_subtract: bool, itemsize: int, *strides: int
+) -> tuple[tuple[int], int, tuple[int, ...], dict]:
+    """For rows of n elements of at most `itemsize` bytes: the grid, the UNITs in a row and in the strides
+    of members, and the keyword arguments.  Found once, because a short kernel takes less time."""
+    tile_rows, cols, warps = tile(n, itemsize)
+    unit = math.gcd(8, n, *strides)
+    options = {
         "MEAN": mean_subtract,
-        "UNIT": math.gcd(8, n, *(array.stride(0) for array in present)),
-        "ROWS": rows,
+        "UNIT": unit,
+        "ROWS": tile_rows,
         "COLS": cols,
         "LONG": n > cols,
         "num_warps": warps,
         **OPTIONS,
     }
-
-
-def _member_stride(array: Tensor | None, unit: int = 1) -> int:
-    return 0 if array is None else array.stride(0) // unit
+    grid = (members * triton.cdiv(rows, tile_rows),)
+    return grid, n // unit, tuple(stride // unit for stride in strides), options
 
 
 def residual_forward(
@@ -306,13 +309,14 @@ def residual_forward(
     members, rows, n = x.shape
     if x.numel() == 0:
         return
-    options = _options(n, mean_subtract, x, h, y, operand)
-    unit = options["UNIT"]
+    itemsize = max(x.itemsize, h.itemsize)
+    strides = x.stride(0), h.stride(0), y.stride(0), 0 if operand is None else operand.stride(0)
+    grid, pieces, strides, options = _prepared(members, rows, n, mean_subtract, itemsize, *strides)
+    signs_stride = 0 if signs is None else signs.stride(0)
     with torch.cuda.device_of(x):
-        residual_forward_kernel[(members * triton.cdiv(rows, options["ROWS"]),)](
+        residual_forward_kernel[grid](
             *(x, h, y, operand, signs, None if scales is None else scales.contiguous()),
-            *(_member_stride(array, unit) for array in (x, h, y, operand)),
-            *(_member_stride(signs), rows, n // unit, scale, p, q),
+            *(*strides, signs_stride, rows, pieces, scale, p, q),
             **options,
         )
 
@@ -331,13 +335,14 @@ def residual_backward(
     members, rows, n = grad.shape
     if grad.numel() == 0:
         return
-    options = _options(n, mean_subtract, grad, out)
-    unit = options["UNIT"]
+    itemsize = max(grad.itemsize, out.itemsize)
+    grid, pieces, (grad_stride, out_stride), options = _prepared(
+        members, rows, n, mean_subtract, itemsize, grad.stride(0), out.stride(0)
+    )
     with torch.cuda.device_of(grad):
-        residual_backward_kernel[(members * triton.cdiv(rows, options["ROWS"]),)](
+        residual_backward_kernel[grid](
             *(grad, signs, out, None if scales is None else scales.contiguous()),
-            *(_member_stride(grad, unit), _member_stride(signs), _member_stride(out, unit)),
-            *(rows, n // unit, scale, p, q),
+            *(grad_stride, signs.stride(0), out_stride, rows, pieces, scale, p, q),
             **options,
         )
 
