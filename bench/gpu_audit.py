@@ -194,9 +194,8 @@ KINDS = {"bfloat16": "16bit", "float16": "16bit", "float32": "float32", "tf32": 
 def stack_cases(arch: str, dtype: str, n: int, all_tiles: bool = True) -> Iterator[KernelCase]:
     """Our kernels of a stack, in all tiles that a plan could take or in those of a typical one."""
     regime, *_ = planning.regimes(n, KINDS[dtype])
-    find = {"narrow": planning._narrow, "layers": planning._layers}[regime]
     rows, depth = TYPICAL
-    plan = find(1, rows, n, depth, KINDS[dtype], arch, CHIPS[arch].shared_bytes)
+    plan = planning.plan_in(regime, 1, rows, n, depth, KINDS[dtype], arch, CHIPS[arch].shared_bytes)
     sizes = {"narrow": n, "layer": "wide", "weight": min(n, 128)}
     for launch in (*plan.forward, *plan.backward_data, *plan.backward_weight):
         if launch.kernel == "layer_finish":

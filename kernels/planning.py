@@ -312,10 +312,14 @@ def stack_plan(
     members: int, rows: int, n: int, depth: int, kind: str, arch: str, shared_bytes: int
 ) -> Plan:
     """`plan` of sizes that are known to fit; a program may have `shared_bytes` of shared memory."""
-    find = {"narrow": _narrow, "layers": _layers, "gemm": _gemm}
-    shape, where = (members, rows, n, depth), (kind, arch, shared_bytes)
-    plans = (find[regime](*shape, *where) for regime in regimes(n, kind))
+    sizes = members, rows, n, depth, kind, arch, shared_bytes
+    plans = (plan_in(regime, *sizes) for regime in regimes(n, kind))
     return min(plans, key=lambda plan: max(plan.seconds, plan.host_seconds))
+
+
+def plan_in(regime: str, *sizes) -> Plan:
+    """`stack_plan` of the same sizes in a given regime."""
+    return {"narrow": _narrow, "layers": _layers, "gemm": _gemm}[regime](*sizes)
 
 
 def _narrow(

@@ -1,23 +1,20 @@
-"""What the kernels of the residual stack share: sign bits, slopes, matrix products."""
+"""What the kernels of residual updates and stacks share: sign bits, slopes, matrix products."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from depthnet.kernels.triton import INTERPRETED
-from depthnet.kernels.triton.rounding import widened
-
-_INTERPRETED = tl.constexpr(INTERPRETED)
+from depthnet.kernels.triton.rounding import BY_HAND, widened
 
 
 @triton.jit
-def multiplier(scale, scales, member):
-    """A member's branch multiplier, float32: scale * scales[member], or scale."""
+def multiplier(scale, scales, member, TYPE: tl.constexpr):
+    """A member's branch multiplier as TYPE: scale * scales[member], or scale."""
     scale = tl.full((), scale, tl.float64)  # a number of Python's in the interpreter
     if scales is not None:
         scale *= tl.load(scales + member)
-    return scale.to(tl.float32)
+    return scale.to(TYPE)
 
 
 @triton.jit
@@ -30,7 +27,7 @@ def slope(nonnegative, p, q, TYPE: tl.constexpr):
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, summed in float32; PRECISION is that of float32 operands, `ieee` or `tf32`."""
-    if _INTERPRETED:  # which would multiply the bits of bfloat16 operands as integers
+    if BY_HAND:  # the interpreter would multiply the bits of bfloat16 operands as integers
         a, b = widened(a, tl.float32), widened(b, tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from depthnet.kernels.reference import sign_bytes
-from depthnet.kernels.triton.parts import slope
+from depthnet.kernels.triton.parts import multiplier, slope
 from depthnet.kernels.triton.rounding import rounded, widened
 
 FEWEST_WARPS = 2 if torch.version.hip else 4  # 128 threads; a wavefront of AMD's has 64
@@ -94,16 +94,6 @@ def _activation(h, p, q):
 
 
 @triton.jit
-def _multiplier(scale, scales, places, TYPE: tl.constexpr):
-    """The branch multiplier of the program's member."""
-    multiplier = tl.full((), scale, tl.float64)
-    if scales is not None:
-        member, _, _ = places
-        multiplier *= tl.load(scales + member)
-    return multiplier.to(TYPE)
-
-
-@triton.jit
 def _mean(parts, n):
     """The means of rows, (ROWS, 1), of which `parts` are (ROWS, COLS) parts of the sums."""
     total = tl.sum(parts, 1)
@@ -112,8 +102,8 @@ def _mean(parts, n):
 
 
 @triton.jit
-def _store_update(y, operand, start, x, z, mean, multiplier, inside, COLS: tl.constexpr):
-    updated = x + multiplier * (z - mean)
+def _store_update(y, operand, start, x, z, mean, s, inside, COLS: tl.constexpr):
+    updated = x + s * (z - mean)
     _store(y, start, updated, inside, COLS)
     if operand is not None:
         _store(operand, start, updated, inside, COLS)
@@ -163,7 +153,7 @@ def residual_forward_kernel(
         operand = _starts(operand, operand_stride, pieces, places, UNIT)
     if signs is not None:
         signs = _starts(signs, signs_stride, (n + 7) // 8, places, 1)
-    multiplier = _multiplier(scale, scales, places, TYPE)
+    s = multiplier(scale, scales, places[0], TYPE)
     last = (n - 1) // COLS * COLS if LONG else 0
 
     # x is read before the sum, which waits for h: both are then on their way together.
@@ -183,19 +173,19 @@ def residual_forward_kernel(
                 _store_signs(signs, start, inside & (h_tile >= 0), n, places, ROWS, COLS)
     mean = _mean(sums, n) if MEAN else tl.zeros((1, 1), TYPE)
 
-    _store_update(y, operand, last, x_last, z_last, mean, multiplier, inside_last, COLS)
+    _store_update(y, operand, last, x_last, z_last, mean, s, inside_last, COLS)
     if LONG:
         for done in range(COLS, last + COLS, COLS):
             start = last - done
             inside = _inside(start, n, places, COLS)
             z = _activation(_load(h, start, inside, COLS, TYPE), p, q)
             x_tile = _load(x, start, inside, COLS, TYPE)
-            _store_update(y, operand, start, x_tile, z, mean, multiplier, inside, COLS)
+            _store_update(y, operand, start, x_tile, z, mean, s, inside, COLS)
 
 
 @triton.jit
-def _store_gradient(out, start, g, nonnegative, mean, multiplier, p, q, inside, COLS: tl.constexpr):
-    gradient = multiplier * (g - mean) * slope(nonnegative, p, q, g.dtype)
+def _store_gradient(out, start, g, nonnegative, mean, s, p, q, inside, COLS: tl.constexpr):
+    gradient = s * (g - mean) * slope(nonnegative, p, q, g.dtype)
     _store(out, start, gradient, inside, COLS)
 
 
@@ -229,7 +219,7 @@ def residual_backward_kernel(
     grad = _starts(grad, grad_stride, pieces, places, UNIT)
     out = _starts(out, out_stride, pieces, places, UNIT)
     signs = _starts(signs, signs_stride, (n + 7) // 8, places, 1)
-    multiplier = _multiplier(scale, scales, places, TYPE)
+    s = multiplier(scale, scales, places[0], TYPE)
     last = (n - 1) // COLS * COLS if LONG else 0
 
     inside_last = _inside(last, n, places, COLS)
@@ -241,14 +231,14 @@ def residual_backward_kernel(
             sums += _load(grad, start, _inside(start, n, places, COLS), COLS, TYPE)
     mean = _mean(sums, n) if MEAN else tl.zeros((1, 1), TYPE)
 
-    _store_gradient(out, last, g_last, signs_last, mean, multiplier, p, q, inside_last, COLS)
+    _store_gradient(out, last, g_last, signs_last, mean, s, p, q, inside_last, COLS)
     if LONG:
         for done in range(COLS, last + COLS, COLS):
             start = last - done
             inside = _inside(start, n, places, COLS)
             g = _load(grad, start, inside, COLS, TYPE)
             nonnegative = _load_signs(signs, start, n, places, ROWS, COLS)
-            _store_gradient(out, start, g, nonnegative, mean, multiplier, p, q, inside, COLS)
+            _store_gradient(out, start, g, nonnegative, mean, s, p, q, inside, COLS)
 
 
 def tile(n: int, itemsize: int) -> tuple[int, int, int]:

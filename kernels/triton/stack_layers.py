@@ -83,7 +83,7 @@ def layer_forward_kernel(
     row, column = tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
     rows_exist = row < count
     in_row, in_column = rows_exist[:, None], column < WIDTH
-    s = multiplier(scale, scales, member)
+    s = multiplier(scale, scales, member, tl.float32)
     weight += member * weight_member
     total_rows = members.to(tl.int64) * rows
     first_of_all = member * rows + first
@@ -149,7 +149,7 @@ def layer_finish_kernel(
     if sums is not None:
         total_rows = members.to(tl.int64) * rows
         means = _row_means(sums + first_of_all, row, in_row, total_rows, WIDTH, TILES)
-        stream -= (multiplier(scale, scales, member) * means)[:, None]
+        stream -= (multiplier(scale, scales, member, tl.float32) * means)[:, None]
     y += first_of_all * WIDTH
     tl.store(y + offsets, rounded(stream, y.dtype.element_ty), mask=mask)
 
@@ -196,7 +196,7 @@ def layer_backward_data_kernel(
     row, column = tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
     rows_exist = row < count
     in_row, in_column = rows_exist[:, None], column < WIDTH
-    s = multiplier(scale, scales, member)
+    s = multiplier(scale, scales, member, tl.float32)
     weight += member * weight_member
     signs += member * signs_member
     total_rows = members.to(tl.int64) * rows

@@ -68,7 +68,7 @@ def narrow_forward_kernel(
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     in_row, in_column = (row < count)[:, None], column < WIDTH
     tile, mask = row[:, None] * WIDTH + column[None, :], in_row & in_column[None, :]
-    s = multiplier(scale, scales, member)
+    s = multiplier(scale, scales, member, tl.float32)
     weight += member * weight_member
 
     start = (member * rows + first) * WIDTH
@@ -153,7 +153,7 @@ def narrow_backward_data_kernel(
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     in_row, in_column = (row < count)[:, None], column < WIDTH
     tile, mask = row[:, None] * WIDTH + column[None, :], in_row & in_column[None, :]
-    s = multiplier(scale, scales, member)
+    s = multiplier(scale, scales, member, tl.float32)
     weight += member * weight_member + (depth - 1) * weight_layer
 
     start = (member * rows + first) * WIDTH
