@@ -89,6 +89,21 @@ def print_machine(device: str = "cpu") -> None:
     print(", ".join(f"{key} {value}" for key, value in machine(device).items()))
 
 
+def computes(operator: torch._ops.OpOverload) -> bool:
+    """Whether an operator of torch's is a kernel on a GPU: it neither views nor only allocates."""
+    name = operator._schema.name
+    results = (result.alias_info for result in operator._schema.returns)
+    views = any(alias and not alias.is_write for alias in results)
+    return not views and "empty" not in name and "record_function" not in name
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """For a script whose docstring is its description."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+from common import computes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import depthnet
@@ -41,7 +42,7 @@ class Recorder:
 
 
 class Operators(TorchDispatchMode):
-    """Lists torch's operators that are kernels on a GPU: those that neither view nor allocate."""
+    """Lists torch's operators that are kernels on a GPU."""
 
     def __init__(self, launched: list[Launch]):
         super().__init__()
@@ -53,29 +54,33 @@ class Operators(TorchDispatchMode):
         if operator.namespace == "depthnet":
             with self:  # what it is made of
                 return dispatch._eager[name].run(*args, **kwargs)
-        results = [argument.alias_info for argument in operator._schema.returns]
-        computes = results and all(alias is None or alias.is_write for alias in results)
-        if computes and "empty" not in name and "record_function" not in name:
+        if computes(operator):
             self.launched.append(Launch(name, ()))
         return operator(*args, **kwargs)
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """What is launched inside the `with` block; Triton's kernels do nothing there.
-
-    The optimizer's tables are left out: they are copied, by no kernel, when a gradient has moved.
-    """
+def without_launches() -> Iterator[list[Launch]]:
+    """What Triton's kernels are launched for inside the `with` block, where they do nothing."""
     launched = []
     with ExitStack() as patches:
-        patches.enter_context(depthnet.kernels.use_backend("triton"))
-        patches.enter_context(mock.patch.object(device_tables._Upload, "refresh"))
         for module in (optimizer, residual, stack):
             for name in vars(module):
                 if name.endswith("_kernel"):
                     recorder = Recorder(name.removesuffix("_kernel"), launched)
                     patches.enter_context(mock.patch.object(module, name, recorder))
-        patches.enter_context(Operators(launched))
+        yield launched
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """What is launched inside the `with` block, torch's operators among it; see `without_launches`.
+
+    The optimizer's tables are left out: they are copied, by no kernel, when a gradient has moved.
+    """
+    triton = depthnet.kernels.use_backend("triton")
+    no_tables = mock.patch.object(device_tables._Upload, "refresh")
+    with triton, no_tables, without_launches() as launched, Operators(launched):
         yield launched
 
 

@@ -16,7 +16,6 @@ what PyTorch's allocator has given out.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import re
@@ -28,7 +27,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from common import parse_args, print_machine, print_table, write_csv
+from common import argument_parser, parse_args, print_machine, print_table, write_csv
 from stack import Stack
 
 ROWS = 128
@@ -110,11 +109,7 @@ def measure_all(cases: list[tuple], device: str, environment: dict[str, str]) ->
 
 
 def main() -> None:
-    device = parse_args(
-        argparse.ArgumentParser(
-            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-    ).device
+    device = parse_args(argument_parser(__doc__)).device
     print_machine(device)
     cases = [(provider, n, depth) for n in WIDTHS for depth in DEPTHS for provider in PROVIDERS]
     needed = measure_all(cases, device, RETURN_ALL)

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import plot
 import torch
 from common import dtype_name, print_machine, print_table, write_csv
+from stack import plain_stack
 from torch import Tensor
 
 from depthnet.kernels import residual_stack, use_backend
@@ -60,13 +61,6 @@ class Provider(NamedTuple):
     backend: str = "auto"
 
 
-def plain_stack(x: Tensor, weight: Tensor, scale: float, phi: Callable) -> Tensor:
-    for layer in weight.unbind():
-        z = phi(x @ layer.mT)
-        x = x + scale * (z - z.mean(-1, keepdim=True))
-    return x
-
-
 def providers(activation: str, dtype: torch.dtype, scale: float) -> dict[str, Provider]:
     wide = torch.float32
 
@@ -74,7 +68,7 @@ def providers(activation: str, dtype: torch.dtype, scale: float) -> dict[str, Pr
         return residual_stack(x, weight, scale, activation=activation)
 
     def eager(x, weight):
-        return plain_stack(x, weight, scale, PHI[activation])
+        return plain_stack(x, weight.unbind(), scale, PHI[activation])
 
     def autocast(function):
         def run(x, weight):

@@ -10,10 +10,8 @@ many bytes as AdamW must move, 28 an element (p, m, v read and written, g read).
 1,000 elements, and the time of a step beyond the kernel's own, for 10 to 10,000 tensors of 4 elements.
 """
 
-import argparse
-
 import torch
-from common import interleaved, parse_args, print_machine, print_table, write_csv
+from common import argument_parser, interleaved, parse_args, print_machine, print_table, write_csv
 
 import depthnet
 
@@ -144,11 +142,7 @@ def report(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    device = parse_args(
-        argparse.ArgumentParser(
-            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-    ).device
+    device = parse_args(argument_parser(__doc__)).device
     print_machine(device)
     torch._dynamo.config.recompile_limit = len(SHAPES) + 1  # each shape is compiled once
     rows = [*stacks(device), *many(device), *overhead(device)]

@@ -16,42 +16,16 @@ os.environ["TRITON_INTERPRET"] = "1"  # before depthnet: the backend then takes 
 
 import torch
 from common import interleaved, print_machine, print_table, write_csv
+from launches import without_launches
 from stack import plain_stack
 
 from depthnet import nn, optim
 from depthnet.kernels import residual_stack, scaled_residual, use_backend
-from depthnet.kernels.triton import optimizer, residual, stack
-
-KERNELS = {
-    stack: ["narrow_forward_kernel", "narrow_backward_data_kernel", "weight_gradient_kernel"],
-    residual: ["residual_forward_kernel", "residual_backward_kernel"],
-    optimizer: ["optimizer_step_kernel", "gradient_norm_kernel"],
-}
-
-
-class NoLaunch:
-    """Stands for a kernel, and counts what would be launched."""
-
-    count = 0
-
-    def __getitem__(self, grid):
-        return self.launch
-
-    def launch(self, *args, **kwargs):
-        NoLaunch.count += 1
-
-
-def launches(function) -> int:
-    before = NoLaunch.count
-    function()
-    return NoLaunch.count - before
+from depthnet.kernels.triton import stack
 
 
 def main() -> None:
     print_machine()
-    for module, names in KERNELS.items():
-        for name in names:
-            setattr(module, name, NoLaunch())
     torch.set_num_threads(1)
     depth, n, rows = 8, 64, 1
     block = nn.ResidualStack(n, depth)
@@ -77,7 +51,8 @@ def main() -> None:
 
     member, weights = x[None], weight.detach()[None]
     constants = scale, None, 1.0, 1.0, True
-    _, inputs, signs = stack.residual_stack(member, weights, *constants, True)
+    with without_launches():
+        _, inputs, signs = stack.residual_stack(member, weights, *constants, True)
     grad_weight = torch.empty_like(weights)
 
     class Nothing(torch.autograd.Function):
@@ -114,8 +89,12 @@ def main() -> None:
         f"torch, {depth} layers, forward and backward": torch_step,
         f"torch, fused AdamW, {depth} parameters": theirs.step,
     }
-    with use_backend("triton"):
-        counts = {name: launches(function) for name, function in providers.items()}
+    counts = {}
+    with use_backend("triton"), without_launches() as launched:
+        for name, function in providers.items():
+            launched.clear()
+            function()
+            counts[name] = len(launched)
         times = interleaved(providers, rounds=20)
     print_table(
         "Host time of a call without the launches, us",

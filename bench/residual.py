@@ -9,12 +9,11 @@ beforehand; on a GPU depthnet allocates its own, in PyTorch's caching allocator.
 one bit an element; backward the two gradients and the bits.
 """
 
-import argparse
 import itertools
 from collections.abc import Callable
 
 import torch
-from common import dtype_name, interleaved, parse_args, print_machine, write_csv
+from common import argument_parser, dtype_name, interleaved, parse_args, print_machine, write_csv
 from torch import Tensor
 
 from depthnet import _C
@@ -80,11 +79,7 @@ def providers(mode: str, rows: int, n: int, dtype: torch.dtype, device: str) -> 
 
 
 def main() -> None:
-    device = parse_args(
-        argparse.ArgumentParser(
-            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-    ).device
+    device = parse_args(argument_parser(__doc__)).device
     print_machine(device)
     print(
         f"{'mode':>8} {'dtype':>9} {'rows':>6} {'n':>5}  GB/s: depthnet  eager compile   copy"

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import plot
 import torch
-from common import print_table, write_csv
+from common import computes, print_table, write_csv
 from stack import CLASSES, FEATURES, GPU_SHAPES, PlainResNet
 from torch import Tensor
 from torch._functorch.aot_autograd import make_boxed_func
@@ -61,14 +61,10 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        results = [result.alias_info for result in func._schema.returns]
-        is_view = any(alias and not alias.is_write for alias in results)
-        if (
-            func.namespace == "aten" and not is_view
-        ):  # others read metadata, or are in depthnet's plan
+        if func.namespace == "aten" and computes(func):  # depthnet's own are in its plan
             formula = flop_registry.get(func._overloadpacket)
             flops = formula(*args, **kwargs, out_val=out) if formula else 0
-            new = [] if any(results) else out
+            new = [] if any(result.alias_info for result in func._schema.returns) else out
             moved = size([args, kwargs, new, written(func._schema.arguments, args, kwargs)])
             self.kernels[Kernel(flops, moved)] += 1
         return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,12 @@ GPU_SHAPES = [
 FEATURES, CLASSES = 32, 10
 
 
-def plain_stack(x: Tensor, weights: list[Tensor], scale: float) -> Tensor:
+def plain_stack(
+    x: Tensor, weights: Iterable[Tensor], scale: float, phi: Callable = torch.abs
+) -> Tensor:
     """A residual stack as one writes it in PyTorch."""
     for weight in weights:
-        h = x @ weight.T
-        z = h.abs()
+        z = phi(x @ weight.T)
         x = x + scale * (z - z.mean(-1, keepdim=True))
     return x
 

@@ -15,7 +15,6 @@ depthnet's plan says must move; peak memory is what a call allocates above what 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import operator
 import time
@@ -24,6 +23,7 @@ from functools import partial
 
 import torch
 from common import (
+    argument_parser,
     chip,
     dtype_name,
     interleaved,
@@ -306,11 +306,6 @@ def training(rounds: int) -> list[dict]:
     """A whole training step of depthnet.ResNet, with loss and AdamW."""
     x, target = torch.randn(ROWS, FEATURES), torch.randint(CLASSES, (ROWS,))
 
-    def train(model, optimizer):
-        optimizer.zero_grad()
-        cross_entropy(model(x), target).backward()
-        optimizer.step()
-
     rows, table = [], []
     for n, depth in TRAINING_SHAPES:
         ours, plain = (depthnet.ResNet(FEATURES, n, depth, CLASSES) for _ in range(2))
@@ -318,11 +313,11 @@ def training(rounds: int) -> list[dict]:
         torch_adamw = torch.optim.AdamW(torch_param_groups(plain, LR), fused=True)
 
         def depthnet_step(model=ours, optimizer=our_adamw):
-            train(model, optimizer)
+            train(model, optimizer, x, target)
 
         def reference_step(model=plain, optimizer=torch_adamw):
             with use_backend("reference"):
-                train(model, optimizer)
+                train(model, optimizer, x, target)
 
         times = interleaved({"depthnet": depthnet_step, "reference": reference_step}, rounds)
         rows += records(
@@ -411,9 +406,9 @@ def stack(rounds: int) -> list[dict]:
 
 
 def train(model, optimizer, x: Tensor, target: Tensor) -> Tensor:
-    """A training step on a GPU."""
+    """A training step; on a GPU in bfloat16 autocast."""
     optimizer.zero_grad()
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
         loss = cross_entropy(model(x), target)
     loss.backward()
     optimizer.step()
@@ -460,9 +455,7 @@ SECTIONS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument(
         "--isa",
         choices=_C.isas(),
