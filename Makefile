@@ -54,7 +54,7 @@ $(VENV)/.python:
 	touch $@
 
 $(VENV)/.run: $(VENV)/.python $(NATIVE)
-	$(PIP) --editable '.[cli,data,plot]'
+	$(PIP) --editable '.[cli,data,plot,stats]'
 	$(BIN)/depthnet doctor
 	touch $@
 

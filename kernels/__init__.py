@@ -1,6 +1,6 @@
 """Operators for deep residual stacks, each on the fastest backend that can run it."""
 
-from depthnet.kernels.activations import ACTIVATIONS, slopes
+from depthnet._activations import ACTIVATIONS, slopes
 from depthnet.kernels.dispatch import BackendStatus, backends, use_backend
 from depthnet.kernels.optimizer import adamw_step_, sgd_step_
 from depthnet.kernels.planning import Plan, plan

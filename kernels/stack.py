@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from depthnet._activations import slopes
 from depthnet._checks import integer
-from depthnet.kernels.activations import slopes
 from depthnet.kernels.checks import (
     check_float_tensor,
     check_no_tangent,

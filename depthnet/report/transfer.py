@@ -29,7 +29,7 @@ def write(results: list[JobResult], settings: TransferSettings, store: Store) ->
         "parametrizations": analysis.summarise(results, settings),
         "seconds": time_split(results),
     }
-    store.write_text("summary.json", json.dumps(_plain(summary), indent=2) + "\n")
+    store.write_text("summary.json", json.dumps(plain(summary), indent=2) + "\n")
     with replacing(store.out / "transfer.png") as temporary:
         picture(results, settings).savefig(temporary, format="png", dpi=150)
     return summary
@@ -40,12 +40,12 @@ def time_split(results: list[JobResult]) -> dict[str, float]:
     return {name: sum(result.seconds[name] for result in results) for name in SECTIONS}
 
 
-def _plain(value):
-    """JSON has no infinity and no NaN: they become the text "inf" and null."""
+def plain(value):
+    """A value for JSON, which has no infinity and no NaN: they become the text "inf" and null."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else "inf" if value > 0 else "-inf"
     return value

@@ -1,15 +1,18 @@
-"""The classification of depthwise parametrizations of one-layer residual blocks.
+"""The classification of depthwise parametrizations of residual blocks.
 
 Claims 7.1 to 7.6 of Tensor Programs VI (arXiv 2310.02244), in the limit of infinite width, then
 infinite depth: x^l = x^{l-1} + a L^-alpha MS(phi(W^l x^{l-1})), learning rates of W^l ∝ L^-gamma
-relative to gradients of size 1 (which is Adam's learning rate).
+relative to gradients of size 1 (which is Adam's learning rate).  Section 9 for deeper blocks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from depthnet._checks import number
+from depthnet._checks import integer, number
+
+
+DIVERSITY, WITHIN_BLOCKS = "feature diversity", "nonlinear learning within blocks"
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,17 @@ class Classification:
     feature_learning: features change by Theta(1) at every depth.
     diversity_exponent: kappa, with ||x^((s+e)L) - x^(sL)|| of order e^(1-kappa) (7.4, 7.5).
     layerwise_linearization: each layer acts as its linearisation in its weights' update (7.6).
+    lost: of feature diversity and nonlinear learning within blocks, what the limit does not have; None
+        unless it is faithful.  Nothing is lost by Depth-muP with one layer a block, and by no
+        parametrization with more (section 9).
+    exponents: the powers of L that sizes follow; None without stability at initialisation, where
+        they grow faster than any power.
     summary: one phrase; explanation: a sentence or two.
     """
 
     alpha: float
     gamma: float
+    block_depth: int
     stable_at_initialization: bool
     stable_in_training: bool | None
     nontrivial: bool | None
@@ -35,6 +44,8 @@ class Classification:
     feature_learning: bool | None
     diversity_exponent: float | None
     layerwise_linearization: bool | None
+    lost: tuple[str, ...] | None
+    exponents: dict[str, float] | None
     summary: str
     explanation: str
 
@@ -44,14 +55,34 @@ class Classification:
         return None if self.diversity_exponent is None else self.diversity_exponent == 0
 
 
-def classify(alpha: float, gamma: float) -> Classification:
-    """Classify branch multiplier ∝ L^-alpha with (Adam) learning rate ∝ L^-gamma, block depth 1.
+def classify(alpha: float, gamma: float, block_depth: int = 1) -> Classification:
+    """Classify branch multiplier ∝ L^-alpha with (Adam) learning rate ∝ L^-gamma.
+
+    Args:
+        block_depth: layers W in a block, all with the same learning rate.
+
+    `exponents` holds the power of L that each of these follows, their size being a root mean square
+    over the width (L^0 where it is of size 1), after a few steps at a learning rate that is small:
+
+    | key | quantity | exponent |
+    |---|---|---|
+    | stream | x^l | 0 |
+    | stream_change, output_change | x_t^l - x_0^l and f_t - f_0, by training the blocks alone | 1 - alpha - gamma |
+    | preactivation_change | h_t^l - h_0^l | max(-gamma, 1 - alpha - gamma) |
+    | branch | x^l - x^{l-1} at initialisation: noise, independent in every block | -alpha |
+    | branch_change | its change by the update of W^l: drift, the same in neighbouring blocks | -alpha - gamma |
+    | quadratic_variation | sum over l of ||x^l - x^{l-1}||^2: 0 if layers stay diverse | 1 - 2 alpha |
+    | gradient | dLoss/dW^l | -alpha |
+    | remainder | the sum over blocks of what is nonlinear in the weights' updates | 1 - alpha - 2 gamma |
+
+    The remainder's is that of smooth activations; at a kink it is 1 - alpha - 3/2 gamma.
 
     Raises:
-        ValueError: an exponent is not a finite number.
+        TypeError, ValueError: an exponent is not a finite number, or block_depth is not 1 or more.
     """
     for argument, value in (("alpha", alpha), ("gamma", gamma)):
         number(argument, value)
+    integer("block_depth", block_depth, 1)
     tolerance = 1e-9  # exponents such as 0.7 + 0.3 are meant to lie on the line
     total = alpha + gamma
     stable_start = alpha >= 0.5 - tolerance
@@ -61,9 +92,16 @@ def classify(alpha: float, gamma: float) -> Classification:
     faithful = alpha <= 1 + tolerance if on_line else None
     half, one = abs(alpha - 0.5) <= tolerance, abs(alpha - 1) <= tolerance
     summary, explanation = _words(alpha, stable_start, stable, nontrivial, faithful, half, one)
+    lost = None
+    if faithful:
+        lost = () if half else (DIVERSITY,)
+        if block_depth > 1:
+            summary, explanation = _words_of_deeper_blocks(half, one)
+            lost += () if one else (WITHIN_BLOCKS,)
     return Classification(
         alpha=alpha,
         gamma=gamma,
+        block_depth=block_depth,
         stable_at_initialization=stable_start,
         stable_in_training=stable,
         nontrivial=nontrivial,
@@ -71,8 +109,43 @@ def classify(alpha: float, gamma: float) -> Classification:
         feature_learning=True if faithful else None,
         diversity_exponent=(0.5 if half else 0.0) if faithful else None,
         layerwise_linearization=(faithful and not one) if on_line else None,
+        lost=lost,
+        exponents=_exponents(alpha, gamma) if stable_start else None,
         summary=summary,
         explanation=explanation,
+    )
+
+
+def _exponents(alpha: float, gamma: float) -> dict[str, float]:
+    change = 1 - alpha - gamma
+    return {
+        "stream": 0.0,
+        "stream_change": change,
+        "output_change": change,
+        "preactivation_change": max(-gamma, change),
+        "branch": -alpha,
+        "branch_change": -alpha - gamma,
+        "quadratic_variation": 1 - 2 * alpha,
+        "gradient": -alpha,
+        "remainder": change - gamma,
+    }
+
+
+def _words_of_deeper_blocks(half, one) -> tuple[str, str]:
+    if half:
+        return "feature learning with feature diversity, linearized within blocks", (
+            "Updates of a block's layers are L^1/2 times smaller than their initial weights, so that "
+            "each block acts as its linearisation in them: layers within a block do not learn features "
+            "together, and the best hyperparameters move with depth (section 9)."
+        )
+    if one:
+        return "feature learning within blocks, redundant in depth (ODE limit)", (
+            "A block's layers learn together, nonlinearly, but neighbouring blocks do the same thing: "
+            "what keeps one loses the other, in every limit of deeper blocks (section 9)."
+        )
+    return "feature learning, redundant in depth, linearized within blocks", (
+        "Neighbouring blocks do the same thing (increments of order e), and each acts as its "
+        "linearisation in its layers' updates (1/2 < alpha < 1): both are lost (section 9)."
     )
 
 

@@ -172,16 +172,20 @@ def trainer(settings: TransferSettings, job: Job, data: Dataset) -> PopulationTr
     return PopulationTrainer(model, optimizer, data, seeds, settings.batch, settings.steps)
 
 
-def record(settings: TransferSettings, data: Dataset) -> dict[str, Any]:
-    """What must be equal for a study to go on: the settings, the data and the software."""
-    versions = {
+def versions() -> dict[str, str]:
+    """The software that results depend on."""
+    return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "depthnet": version("depthnet"),
         "backend": dispatch.choice(),
     }
-    return {**asdict(settings), "source": data.source, "versions": versions}
+
+
+def record(settings: TransferSettings, data: Dataset) -> dict[str, Any]:
+    """What must be equal for a study to go on: the settings, the data and the software."""
+    return {**asdict(settings), "source": data.source, "versions": versions()}
 
 
 def run(

@@ -1,0 +1,5 @@
+import sys
+
+from depthnet.cli import main
+
+sys.exit(main())

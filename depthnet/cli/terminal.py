@@ -1,0 +1,49 @@
+"""What the verbs share: the console, progress bars, requests to stop."""
+
+from __future__ import annotations
+
+import signal
+
+from depthnet._checks import optional_import
+
+EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+
+
+def console():
+    return optional_import("rich.console", "cli", "the command line").Console()
+
+
+def progress_bar(on):
+    """A rich progress bar on a console."""
+    module = optional_import("rich.progress", "cli", "the progress bar")
+    columns = (
+        module.TextColumn("{task.description}"),
+        module.BarColumn(),
+        module.TaskProgressColumn(),
+        module.TimeRemainingColumn(),
+        module.TextColumn("left"),
+    )
+    return module.Progress(*columns, console=on)
+
+
+class StopRequests:
+    """Turns the first Ctrl-C or SIGTERM into a request that is asked for between steps."""
+
+    def __enter__(self):
+        self.asked = False
+        self.previous = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def _ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

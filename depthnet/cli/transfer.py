@@ -1,0 +1,112 @@
+"""depthnet transfer."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from dataclasses import fields
+
+from depthnet._checks import optional_import
+from depthnet.cli.terminal import EXIT_INTERRUPTED, StopRequests, console, progress_bar
+
+
+def add_verbs(verbs) -> None:
+    transfer = verbs.add_parser(
+        "transfer",
+        help="loss against learning rate at many depths: does the best one transfer?",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    transfer.set_defaults(run=run_transfer)
+    # argparse takes -0.5,1.5 and -1e1 for options, unless they look like negative numbers to it.
+    transfer._negative_number_matcher = re.compile(r"-[\d.][\d.,eE+-]*$")
+    # The defaults themselves are those of sweep.TransferSettings.
+    add = transfer.add_argument
+    add("--data", default="text", metavar="NAME",
+        help="text, digits, cifar10, mnist, PATH.npz or PATH.txt")  # fmt: skip
+    add("--data-dir", metavar="DIR", help="folder of the files of cifar10 or mnist")
+    add("--width", type=int, default=64)
+    add("--depths", type=int, nargs="+", default=[8, 16, 32, 64, 128], metavar="L")
+    add("--base-depth", type=int, metavar="L",
+        help="the depth at which learning rates are tuned; None is the least")  # fmt: skip
+    add("--parametrizations", nargs="+", metavar="NAME",
+        default=["depth_mup", "half_zero", "ode", "standard"],
+        help="presets, or exponents as ALPHA,GAMMA")  # fmt: skip
+    add("--activation", default="abs", help="identity, relu, abs or leaky_relu")
+    add("--log2-lr", type=float, nargs=2, default=[-13.0, -4.0], metavar=("LOW", "HIGH"))
+    add("--per-octave", type=int, default=1, metavar="N", help="learning rates per factor of 2")
+    add("--seeds", type=int, default=2, metavar="N")
+    add("--steps", type=int, default=300, metavar="N")
+    add("--batch", type=int, default=64, metavar="N")
+    add("--sweep", choices=["hidden", "all"], default="hidden",
+        help="whose learning rate moves; hidden keeps input and output layers at 2^-7")  # fmt: skip
+    add("--device", default="cpu", help="a torch device, such as cuda")
+    add("--out", default="runs/transfer", metavar="DIR",
+        help="results go here; a study that was stopped goes on from here")  # fmt: skip
+
+
+def run_transfer(options: argparse.Namespace) -> int:
+    terminal = console()
+    text = optional_import("rich.text", "cli", "the command line")
+    optional_import("matplotlib", "plot", "the picture of a study")
+    from depthnet.data import load
+    from depthnet.report import transfer as report
+    from depthnet.sweep import transfer as sweep
+    from depthnet.sweep.store import Store
+
+    chosen = {field.name: getattr(options, field.name) for field in fields(sweep.TransferSettings)}
+    chosen = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()
+    }
+    settings = sweep.TransferSettings(**chosen)
+    data = load(settings.data, settings.data_dir)
+    store = Store(options.out, sweep.record(settings, data))
+    all_jobs = sweep.jobs(settings)
+    terminal.print(
+        f"{len(all_jobs)} populations of {len(all_jobs[0].seed)} networks on "
+        f"{describe_source(data.source)}",
+        highlight=False,
+        markup=False,
+    )
+    results, started = [], time.monotonic()
+    with StopRequests() as stop, progress_bar(terminal) as bar:
+        task = bar.add_task("", total=sum(settings.steps * _cost(job) for job in all_jobs))
+
+        def advance(job, steps):
+            bar.update(task, advance=steps * _cost(job), description=f"{job.name:>16}")
+
+        try:
+            for result in sweep.run(settings, store, data, progress=advance, stop=stop):
+                results.append(result)
+                if not terminal.is_terminal:
+                    seconds = sum(result.seconds.values())
+                    print(f"{result.job.name}: {seconds:.1f} s of training", flush=True)
+        except sweep.Interrupted:
+            bar.stop()
+            print(f"stopped; the same command goes on from {options.out}", file=sys.stderr)
+            return EXIT_INTERRUPTED
+    summary = report.write(results, settings, store)
+    terminal.print(report.table(summary))
+    for name, record in summary["parametrizations"].items():
+        last = list(record["slices"].values())[-1]
+        terminal.print(text.Text.assemble((name, "bold"), f" {last['verdict']}."))
+    split = ", ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items())
+    terminal.print(
+        f"Training took {sum(summary['seconds'].values()):.0f} s ({split}); this call, "
+        f"{time.monotonic() - started:.0f} s. Wrote results.csv, summary.json, transfer.png in "
+        f"{options.out}.",
+        highlight=False,
+        markup=False,
+    )
+    return 0
+
+
+def _cost(job) -> int:
+    """Time of a step in proportion to that of one layer; input, output and loss are about eight."""
+    return job.depth + 8
+
+
+def describe_source(source: dict) -> str:
+    details = [f"{key} {value}" for key, value in source.items() if key not in ("name", "sha256")]
+    return f"{source['name']} ({', '.join(details)})" if details else source["name"]

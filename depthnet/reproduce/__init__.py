@@ -1,0 +1,1 @@
+"""The paper's claims as studies: each a run on real data, a picture, a table and verdicts."""
