@@ -62,7 +62,7 @@ def residual_stream(
         if isinstance(model, ResNet) and blocks is None:
             xs, hs, outputs = _of_resnet(model, inputs)
         else:
-            xs, hs, outputs = *_by_hooks(model, inputs, _find(model, blocks)), []
+            (xs, outputs), hs = _by_hooks(model, inputs, _find(model, blocks)), []
     gradients: Sequence[Tensor] = ()
     if loss is not None:
         gradients = torch.autograd.grad(loss(outputs), [*xs, *hs])

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from depthnet._checks import integer, number
 
-
 DIVERSITY, WITHIN_BLOCKS = "feature diversity", "nonlinear learning within blocks"
 
 
@@ -67,10 +66,10 @@ def classify(alpha: float, gamma: float, block_depth: int = 1) -> Classification
     | key | quantity | exponent |
     |---|---|---|
     | stream | x^l | 0 |
-    | stream_change, output_change | x_t^l - x_0^l and f_t - f_0, by training the blocks alone | 1 - alpha - gamma |
+    | stream_change, output_change | x_t^l - x_0^l, f_t - f_0, only blocks trained | 1 - alpha - gamma |
     | preactivation_change | h_t^l - h_0^l | max(-gamma, 1 - alpha - gamma) |
     | branch | x^l - x^{l-1} at initialisation: noise, independent in every block | -alpha |
-    | branch_change | its change by the update of W^l: drift, the same in neighbouring blocks | -alpha - gamma |
+    | branch_change | its change by W^l's update: drift, alike in neighbouring blocks | -alpha - gamma |
     | quadratic_variation | sum over l of ||x^l - x^{l-1}||^2: 0 if layers stay diverse | 1 - 2 alpha |
     | gradient | dLoss/dW^l | -alpha |
     | remainder | the sum over blocks of what is nonlinear in the weights' updates | 1 - alpha - 2 gamma |
