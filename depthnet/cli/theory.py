@@ -2,6 +2,45 @@
 
 from __future__ import annotations
 
+import argparse
+
+from depthnet.cli.studies import run_study
+
 
 def add_verbs(verbs) -> None:
-    """To be written."""
+    theory = verbs.add_parser(
+        "theory",
+        help="features, gradients and losses of a network of infinite width, computed",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    theory.set_defaults(run=run_theory)
+    add = theory.add_argument
+    add("--activation", default="abs", help="identity, relu, abs or leaky_relu")
+    add("--depth", type=int, metavar="L", help="None is the limit of infinite depth")
+    add("--block-multiplier", type=float, default=1.0, metavar="A", help="branches are A L^-alpha")
+    add("--alpha", type=float, default=0.5, help="other exponents than 0.5, 0.5: identity only")
+    add("--gamma", type=float, default=0.5)
+    add("--lr", type=float, default=0.5, help="of SGD on the blocks")
+    add("--steps", type=int, default=5, metavar="N")
+    add("--batch", type=int, default=1, metavar="N")
+    add("--data", default="digits", metavar="NAME", help="digits, cifar10, mnist or PATH.npz")
+    add("--data-dir", metavar="DIR", help="folder of the files of cifar10 or mnist")
+    add("--out", default="runs/theory", metavar="DIR", help="results go here")
+
+
+def run_theory(options: argparse.Namespace) -> int:
+    from depthnet.reproduce.prediction import Prediction
+
+    study = Prediction(
+        data=options.data,
+        data_dir=options.data_dir,
+        steps=options.steps,
+        batch=options.batch,
+        lr=options.lr,
+        activation=options.activation,
+        depth=options.depth,
+        a=options.block_multiplier,
+        alpha=options.alpha,
+        gamma=options.gamma,
+    )
+    return run_study(study, options.out)

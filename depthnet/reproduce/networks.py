@@ -14,6 +14,7 @@ from depthnet.theory import Trajectory
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "squared": lambda f, y: (f - y).square().sum() / 2,
+    "cross_entropy": lambda f, y: -(f.log_softmax(-1) * y).sum(),
     "product": lambda f, y: (f * y).sum(),  # dLoss/df is the target, whatever f is
 }
 
@@ -30,7 +31,9 @@ class SmoothBlock(nn.Module):
         return x + self.scale * (z - z.mean(-1, keepdim=True))
 
 
-def network(activation, inputs: int, outputs: int, width: int, depth: int, a: float, seeds) -> nn.Module:
+def network(
+    activation, inputs: int, outputs: int, width: int, depth: int, a: float, seeds
+) -> nn.Module:
     """A population under Depth-muP with entries of U of N(0, 1) and of n V of N(0, 1).
 
     Args:
@@ -86,7 +89,9 @@ def train(
     outputs, streams, gradients = [], [], []
     for step in range(len(x)):
         batch = x[step].expand(members, -1, -1)
-        stream = residual_stream(model, batch, lambda f, y=y[step]: LOSSES[loss](f, y), blocks=blocks)
+        stream = residual_stream(
+            model, batch, lambda f, y=y[step]: LOSSES[loss](f, y), blocks=blocks
+        )
         outputs.append(stream.outputs)
         streams.append(stream.x[layers])
         gradients.append(stream.dx[layers] * stream.x.shape[-1])

@@ -22,7 +22,7 @@ from depthnet.theory.recursion import Scales, recursion
 Array = np.ndarray
 
 # Depths that a limit is extrapolated from.  Their error is a power series in 1/L.
-LIMIT_DEPTHS = (32, 64, 128)
+LIMIT_DEPTHS = (64, 128, 256)
 RUNGE_KUTTA_STEPS = 128
 
 
@@ -217,8 +217,7 @@ def _extrapolated(by_depth: list[Trajectory]) -> Trajectory:
         best = (4 * second - first) / 3
         return best, abs(best - second)
 
-    every = (LIMIT_DEPTHS[0], LIMIT_DEPTHS[1], LIMIT_DEPTHS[2])
-    shared = [slice(None, None, L // every[0]) for L in every]
+    shared = [slice(None, None, L // LIMIT_DEPTHS[0]) for L in LIMIT_DEPTHS]
     outputs = limit([one.outputs for one in by_depth])
     forward, backward = (
         limit([getattr(one, name)[step] for one, step in zip(by_depth, shared, strict=True)])

@@ -126,7 +126,7 @@ class Smooth:
 
     def __init__(self, phi: Function, first: Function, second: Function, third: Function):
         self.functions = phi, first, second, third
-        points = np.arange(-32, 33) / 5
+        points = np.arange(-36, 37) / 5
         weights = np.exp(-(points**2) / 2)
         weights /= weights.sum()
         self.u, self.v = (grid.ravel() for grid in np.meshgrid(points, points, indexing="ij"))
