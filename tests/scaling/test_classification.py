@@ -80,6 +80,42 @@ def test_presets_classify_themselves():
     assert "ODE" in PRESETS["ode"].classify().summary
 
 
+@pytest.mark.parametrize(
+    ("alpha", "lost"),
+    [
+        (0.5, ("nonlinear learning within blocks",)),
+        (0.75, ("feature diversity", "nonlinear learning within blocks")),
+        (1, ("feature diversity",)),
+    ],
+)
+def test_section_9_deeper_blocks_lose_something_in_every_limit(alpha, lost):
+    c = classify(alpha, 1 - alpha, block_depth=2)
+    assert c.lost == lost
+    assert all(word in c.summary for word in (["redundant"] if alpha > 0.5 else ["linearized"]))
+    assert classify(alpha, 1 - alpha).lost == (() if alpha == 0.5 else ("feature diversity",))
+    assert classify(alpha, 2, block_depth=2).lost is None
+
+
+def test_exponents():
+    e = classify(0.5, 0.5).exponents
+    assert e["stream"] == e["stream_change"] == e["output_change"] == e["preactivation_change"] == 0
+    assert e["branch"] == e["gradient"] == -0.5
+    assert e["branch_change"] == -1
+    assert e["quadratic_variation"] == 0
+    assert e["remainder"] == -0.5
+    assert classify(0.5, 0).exponents["output_change"] == 0.5
+    assert classify(1.25, -0.25).exponents["preactivation_change"] == 0.25
+    assert classify(1, 0).exponents["quadratic_variation"] == -1
+    assert classify(1, 0).exponents["remainder"] == 0
+    assert classify(0, 0).exponents is None
+
+
+@pytest.mark.parametrize("bad", [0, -1])
+def test_block_depth_must_be_positive(bad):
+    with pytest.raises(ValueError, match="block_depth must be at least 1"):
+        classify(0.5, 0.5, bad)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "half", None])
 def test_exponents_must_be_finite_numbers(bad):
     with pytest.raises(ValueError, match="gamma must be a finite number"):
