@@ -50,3 +50,24 @@ sys.exit(main({arguments!r}))
     assert result.returncode == 2, result.stderr
     assert f"pip install 'depthnet[{extra}]'" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_diversity(tmp_path, capsys):
+    arguments = (
+        "diversity --parametrizations depth_mup -0.5,1.5 --depths 64 32 --width 16 --steps 3 "
+        f"--seeds 2 --data digits --out {tmp_path}"
+    ).split()
+    assert cli.main(arguments) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "(0.5, 0.5): κ = 1/2 ± 0.05 in training" in printed
+    assert "remainder / change" in printed
+    rows = (tmp_path / "results.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 2 * 2  # parametrizations, depths, times
+    assert {path.suffix for path in tmp_path.glob("*.*")} >= {".csv", ".json", ".png"}
+    jobs = [path.stat().st_mtime_ns for path in (tmp_path / "jobs").iterdir()]
+    assert cli.main(arguments) == 0  # nothing is trained again
+    assert jobs == [path.stat().st_mtime_ns for path in (tmp_path / "jobs").iterdir()]
+    assert (tmp_path / "results.csv").read_text().splitlines() == rows
+    capsys.readouterr()
+    assert cli.main(["diversity", "--depths", "16"]) == 2
+    assert "depths must be at least 32, got 16" in capsys.readouterr().err

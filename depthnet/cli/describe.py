@@ -17,6 +17,9 @@ def add_verbs(verbs) -> None:
     classify.set_defaults(run=run_classify)
     classify.add_argument("alpha", type=float, help="branch multiplier ∝ depth^-ALPHA")
     classify.add_argument("gamma", type=float, help="Adam learning rate ∝ depth^-GAMMA")
+    classify.add_argument(
+        "--block-depth", type=int, default=1, metavar="K", help="layers in a block"
+    )
 
     doctor = verbs.add_parser("doctor", help="what this installation has, and what it lacks")
     doctor.set_defaults(run=run_doctor)
@@ -26,7 +29,7 @@ def run_classify(options: argparse.Namespace) -> int:
     from depthnet.scaling import PRESETS, classify
 
     terminal = console()
-    found = classify(options.alpha, options.gamma)
+    found = classify(options.alpha, options.gamma, options.block_depth)
     presets = [
         preset.name
         for preset in PRESETS.values()
@@ -47,12 +50,22 @@ def run_classify(options: argparse.Namespace) -> int:
         ("feature diversity exponent",
          "-" if found.diversity_exponent is None else f"{found.diversity_exponent:g} (1/2 is the most)"),
         ("layerwise linearization", words[found.layerwise_linearization]),
+        ("lost in the limit", "-" if found.lost is None else ", ".join(found.lost) or "nothing"),
     ):  # fmt: skip
         grid.add_row("", label, value)
     terminal.print(grid, highlight=False)
     terminal.print(found.explanation, highlight=False)
+    if found.exponents is not None:
+        sizes = ", ".join(
+            f"{name.replace('_', ' ')} L^{exponent + 0:g}"
+            for name, exponent in found.exponents.items()
+        )
+        terminal.print(f"Sizes: {sizes}.", highlight=False)
+    blocks = (
+        "One-layer blocks" if found.block_depth == 1 else f"Blocks of {found.block_depth} layers"
+    )
     terminal.print(
-        "One-layer blocks, infinite width then depth; branch multiplier ∝ depth^-alpha, Adam learning "
+        f"{blocks}, infinite width then depth; branch multiplier ∝ depth^-alpha, Adam learning "
         "rate of the blocks ∝ depth^-gamma. A dash: the claims say nothing there.",
         style="dim",
     )

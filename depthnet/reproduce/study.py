@@ -106,7 +106,7 @@ def run(
 
         def tick(part: float, job=job, done=done) -> None:
             progress(job.name, (done + part * job.cost) / total)
-            if stop():
+            if part < 1 and stop():  # what is done is kept first
                 raise Interrupted
 
         arrays = store.finished(job.name)
@@ -124,7 +124,9 @@ def run(
 
 def _write(study: Study, settings: dict, findings: Findings, store: Store) -> None:
     table = io.StringIO()
-    writer = csv.DictWriter(table, list(findings.rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(
+        table, list(findings.rows[0] if findings.rows else ()), lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(findings.rows)
     store.write_text("results.csv", table.getvalue())

@@ -70,11 +70,12 @@ def classify(alpha: float, gamma: float, block_depth: int = 1) -> Classification
     | preactivation_change | h_t^l - h_0^l | max(-gamma, 1 - alpha - gamma) |
     | branch | x^l - x^{l-1} at initialisation: noise, independent in every block | -alpha |
     | branch_change | its change by W^l's update: drift, alike in neighbouring blocks | -alpha - gamma |
-    | quadratic_variation | sum over l of ||x^l - x^{l-1}||^2: 0 if layers stay diverse | 1 - 2 alpha |
+    | quadratic_variation | sum over l of ||x^l - x^{l-1}||^2 at initialisation | 1 - 2 alpha |
     | gradient | dLoss/dW^l | -alpha |
     | remainder | the sum over blocks of what is nonlinear in the weights' updates | 1 - alpha - 2 gamma |
 
-    The remainder's is that of smooth activations; at a kink it is 1 - alpha - 3/2 gamma.
+    Layers stay diverse where the quadratic variation does not vanish: drift adds 1/L to it.  The
+    remainder's exponent is that of smooth activations; at a kink it is 1 - alpha - 3/2 gamma.
 
     Raises:
         TypeError, ValueError: an exponent is not a finite number, or block_depth is not 1 or more.

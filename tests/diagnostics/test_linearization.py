@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from depthnet import ResNet
+from depthnet.diagnostics.fits import power_law
+from depthnet.diagnostics.linearization import linearization
+from depthnet.optim import AdamW
+
+WIDTH, SEEDS = 64, 4
+
+
+def trained(depth, parametrization="depth_mup", activation="abs", steps=3, lr=2**-7, **options):
+    """Blocks alone, a few steps of Adam: the model, its blocks' initial weights, inputs."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(SEEDS)]
+    model = ResNet(
+        16,
+        WIDTH,
+        depth,
+        4,
+        activation=activation,
+        parametrization=parametrization,
+        base_width=WIDTH,
+        output_std=1.0,
+        population=SEEDS,
+        generator=generators,
+        **options,
+    )
+    before = model.blocks.weight.detach().clone()
+    hidden = [group for group in model.param_groups("adamw") if group["name"] == "hidden"]
+    optimizer = AdamW(hidden, lr=lr)
+    data = torch.Generator().manual_seed(100)
+    x = torch.randn(32, 16, generator=data).to(before.dtype)
+    y = torch.randint(4, (32,), generator=data).repeat(SEEDS)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x).flatten(0, 1), y, reduction="sum").backward()
+        optimizer.step()
+    return model, before, x
+
+
+def test_the_identity_is_linear():
+    model, before, x = trained(16, activation="identity")
+    found = linearization(model, before, x)
+    assert (found.remainder == 0).all()
+    assert (found.change > 0).all()
+    assert (found.relative == 0).all()
+
+
+def test_is_the_definition():
+    model, before, x = trained(6, activation=(1.0, -0.3), dtype=torch.float64)
+    found = linearization(model, before, x)
+    assert found.remainder.shape == found.change.shape == (6, SEEDS)
+
+    def phi(h):
+        return torch.where(h >= 0, h, 0.3 * h)
+
+    member = 2
+    with torch.no_grad():
+        stream = model.input(x)[member]
+        for layer in range(6):
+            weight, start = model.blocks.weight[member, layer], before[member, layer]
+            after, h = stream @ weight.T, stream @ start.T
+            slope = torch.where(h >= 0, torch.ones_like(h), 0.3 * torch.ones_like(h))
+            change = phi(after) - phi(h)
+            remainder = change - slope * (stream @ (weight - start).T)
+            for z, size in ((change, found.change), (remainder, found.remainder)):
+                z = 6 * model.blocks.scale * (z - z.mean(-1, keepdim=True))
+                assert size[layer, member] == pytest.approx(
+                    float(z.square().mean().sqrt()), rel=1e-9, abs=1e-12
+                )
+            z = phi(after)
+            stream = stream + model.blocks.scale * (z - z.mean(-1, keepdim=True))
+
+
+def test_is_linear_where_no_preactivation_changes_its_sign():
+    model, before, x = trained(4, steps=0)
+    with torch.no_grad():
+        model.blocks.weight.mul_(1.5)
+    found = linearization(model, before, x)
+    assert (found.remainder == 0).all()
+    assert (found.change > 0).all()
+
+
+@pytest.mark.parametrize("parametrization", ["depth_mup", (0.75, 0.25), "ode"])
+def test_falls_with_depth_unless_updates_keep_their_size(parametrization):
+    depths, remainders, relative = (16, 64, 256), [], []
+    for depth in depths:
+        found = linearization(*trained(depth, parametrization))
+        remainders.append(found.network_remainder)
+        relative.append(found.network_relative)
+    # Updates of pre-activations are of size u = L^-gamma.  Signs change with probability u, by a remainder
+    # of size u: its root mean square is u^3/2, against u of the change.
+    alpha, gamma = {"depth_mup": (0.5, 0.5), "ode": (1.0, 0.0)}.get(
+        parametrization, parametrization
+    )
+    slope = power_law(depths, np.transpose(remainders))
+    relative_slope = power_law(depths, np.transpose(relative))
+    # 0.05 is less than half of what tells the three apart, 1/8; it leaves room for u^2 beside u, as u is
+    # not small at depth 16, and for the noise of four seeds, whose intervals are 0.01 wide.
+    assert slope.value == pytest.approx(1 - alpha - 1.5 * gamma, abs=0.05)
+    assert relative_slope.value == pytest.approx(-gamma / 2, abs=0.05)
+    assert (relative_slope.high < 0) == (gamma > 0)
+
+
+def test_bad_input_is_named():
+    model = ResNet(4, 8, 3, 2)
+    with pytest.raises(TypeError, match=r"model must be a depthnet\.ResNet, got Linear"):
+        linearization(torch.nn.Linear(4, 4), torch.zeros(1), torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"weights_before must be \(3, 8, 8\)"):
+        linearization(model, torch.zeros(2, 8, 8), torch.zeros(2, 4))
