@@ -62,7 +62,7 @@ def residual_stream(
         if isinstance(model, ResNet) and blocks is None:
             xs, hs, outputs = _of_resnet(model, inputs)
         else:
-            (xs, outputs), hs = _by_hooks(model, inputs, _find(model, blocks)), []
+            (xs, outputs), hs = _by_hooks(model, inputs, find_blocks(model, blocks)), []
     gradients: Sequence[Tensor] = ()
     if loss is not None:
         gradients = torch.autograd.grad(loss(outputs), [*xs, *hs])
@@ -91,7 +91,7 @@ def _of_resnet(model: ResNet, inputs: Tensor) -> tuple[list[Tensor], list[Tensor
     return xs, hs, model.output(xs[-1])
 
 
-def _find(model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> Sequence[nn.Module]:
+def find_blocks(model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> Sequence[nn.Module]:
     if blocks is None:
         raise TypeError(
             f"blocks must name the residual blocks of a {type(model).__name__}: a pattern such as "

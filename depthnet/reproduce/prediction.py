@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from depthnet._checks import optional_import
+from depthnet.diagnostics.diversity import expected_gradient_correlation
 from depthnet.reproduce.linear import FRACTIONS, OnData
 from depthnet.reproduce.study import Arrays, Findings, Job
 from depthnet.theory import initial_kernels, linear_trajectory, moments, trajectory
@@ -77,18 +78,13 @@ class Prediction(OnData):
             (step, float(found["loss"][step]), *(float(x) for x in sizes[:, step]))
             for step in range(self.steps)
         ]
-        phi = moments(self.activation)
-        one = np.ones(())
-        rate, slope, even = (
-            phi.covariance(one, one, one),
-            phi.slope(one, one, one),
-            phi.slope(one, 0 * one, one),
-        )
+        phi, one = moments(self.activation), np.ones(())
+        rate, slope = phi.covariance(one, one, one), phi.slope(one, one, one)
         notes = [
             f"φ = {self.activation}, depth {self.depth or 'infinite'}, a = {self.a:g}, "
             f"(α, γ) = ({self.alpha:g}, {self.gamma:g}). Root mean squares over the width.",
             f"At unit variance: Var φ(h) = {rate:.6g}, E φ'(h)² = {slope:.6g}; gradients of neighbouring "
-            f"layers correlate by {even / slope:.4g} at initialization.",
+            f"layers correlate by {expected_gradient_correlation(self.activation):.4g} at initialization.",
             "Gradients at initialization, with respect to x at "
             + ", ".join(
                 f"{part:g} L: {g:.4g}" for part, g in zip(FRACTIONS, found["growth"], strict=True)
@@ -120,7 +116,8 @@ class Prediction(OnData):
             frameon=False,
         )
         figure.suptitle(
-            f"Infinite width, depth {self.depth or 'infinite'}, computed: φ = {self.activation}, {self.data}",
+            f"Infinite width, depth {self.depth or 'infinite'}, computed: "
+            f"φ = {self.activation}, {self.data}",
             fontsize=11,
         )
         return figure

@@ -76,6 +76,13 @@ class Store:
             self._refuse_others(path, settings)
         self.write_text("settings.json", json.dumps(settings, indent=2) + "\n")
 
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Let other processes, and other stores of this one, open the folder."""
+        self._lock.close()
+
     def _refuse_others(self, path: Path, settings: dict) -> None:
         try:
             there = json.loads(path.read_text())

@@ -1,0 +1,52 @@
+"""depthnet diversity."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+
+def add_diversity(verbs) -> None:
+    diversity = verbs.add_parser(
+        "diversity",
+        help="do neighboring layers do different things? features, gradients, updates, by depth",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    diversity.set_defaults(run=run_diversity)
+    # argparse takes -0.5,1.5 for an option, unless it looks like a negative number to it.
+    diversity._negative_number_matcher = re.compile(r"-[\d.][\d.,eE+-]*$")
+    add = diversity.add_argument
+    add("--parametrizations", nargs="+", metavar="NAME", default=["depth_mup", "0.75,0.25", "ode"],
+        help="presets, or exponents as ALPHA,GAMMA")  # fmt: skip
+    add("--activation", default="abs", help="identity, relu, abs or leaky_relu")
+    add("--width", type=int, default=64)
+    add("--depths", type=int, nargs="+", default=[64, 128, 256, 512, 1024], metavar="L",
+        help="32 or more")  # fmt: skip
+    add("--steps", type=int, default=100, metavar="N", help="of training")
+    add("--seeds", type=int, default=4, metavar="N", help="networks of each kind")
+    add("--batch", type=int, default=64, metavar="N")
+    add("--lr", type=float, default=2**-7, help="the learning rate at depth 8")
+    add("--data", default="text", metavar="NAME",
+        help="text, digits, cifar10, mnist, PATH.npz or PATH.txt")  # fmt: skip
+    add("--data-dir", metavar="DIR", help="folder of the files of cifar10 or mnist")
+    add("--out", default="runs/diversity", metavar="DIR",
+        help="results go here; a study that was stopped goes on from here")  # fmt: skip
+
+
+def run_diversity(options: argparse.Namespace) -> int:
+    from depthnet.cli.studies import run_study
+    from depthnet.reproduce.diversity import Fig17
+
+    study = Fig17(
+        data=options.data,
+        data_dir=options.data_dir,
+        parametrizations=tuple(options.parametrizations),
+        activations=(options.activation,),
+        width=options.width,
+        depths=tuple(options.depths),
+        steps=(0, options.steps),
+        seeds=options.seeds,
+        batch=options.batch,
+        lr=options.lr,
+    )
+    return run_study(study, options.out)
