@@ -79,10 +79,15 @@ def _verdicts(findings):
 def _rich_table(**options):
     box = optional_import("rich.box", "cli", "printing a table")
     table = optional_import("rich.table", "cli", "printing a table").Table
-    return table(box=box.SIMPLE_HEAD, **options)
+    return table(box=box.SIMPLE_HEAD, collapse_padding=True, **options)
 
 
 def add_verbs(verbs) -> None:
+    from depthnet.cli import coord_check, diversity, phase_diagram  # which import this module
+
+    coord_check.add_coord_check(verbs)
+    diversity.add_diversity(verbs)
+    phase_diagram.add_phase_diagram(verbs)
     reproduce = verbs.add_parser(
         "reproduce", help="does what the paper claims hold on this machine?"
     )
@@ -93,7 +98,7 @@ def add_verbs(verbs) -> None:
     add("--set", nargs="+", action="append", default=[], metavar=("KEY", "VALUE"),
         help="change a setting, such as: --set steps 1000 --set depths 64 256")  # fmt: skip
     add("--out", metavar="DIR",
-        help="results go here (default: runs/NAME); a study that was stopped goes on from here")  # fmt: skip
+        help="results go here, by default runs/NAME; a stopped study goes on from here")  # fmt: skip
 
 
 def run_reproduce(options: argparse.Namespace) -> int:

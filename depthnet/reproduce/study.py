@@ -98,27 +98,27 @@ def run(
         ValueError: the folder cannot be written or holds a study with other settings.
     """
     settings = {**asdict(study), "study": study.name, "source": study.data_source()}
-    store = Store(out, {**settings, "versions": versions()})
     jobs = study.jobs()
     total, done = sum(job.cost for job in jobs), 0.0
     results = {}
-    for job in jobs:
+    with Store(out, {**settings, "versions": versions()}) as store:
+        for job in jobs:
 
-        def tick(part: float, job=job, done=done) -> None:
-            progress(job.name, (done + part * job.cost) / total)
-            if part < 1 and stop():  # what is done is kept first
-                raise Interrupted
+            def tick(part: float, job=job, done=done) -> None:
+                progress(job.name, (done + part * job.cost) / total)
+                if part < 1 and stop():  # a job that is done is kept first
+                    raise Interrupted
 
-        arrays = store.finished(job.name)
-        if arrays is None:
-            tick(0.0)
-            arrays = job.run(tick)
-            store.finish(job.name, **arrays)
-        results[job.name] = arrays
-        done += job.cost
-        progress(job.name, done / total)
-    findings = study.findings(results)
-    _write(study, settings, findings, store)
+            arrays = store.finished(job.name)
+            if arrays is None:
+                tick(0.0)
+                arrays = job.run(tick)
+                store.finish(job.name, **arrays)
+            results[job.name] = arrays
+            done += job.cost
+            progress(job.name, done / total)
+        findings = study.findings(results)
+        _write(study, settings, findings, store)
     return findings
 
 

@@ -72,9 +72,13 @@ class Store:
         settings = json.loads(json.dumps(settings))
         path = self.out / "settings.json"
         # A start that failed before its first checkpoint holds nothing that other settings could spoil.
-        if any((self.out / "jobs").glob("*.npz")) or (self.out / "checkpoint.pt").exists():
-            self._refuse_others(path, settings)
-        self.write_text("settings.json", json.dumps(settings, indent=2) + "\n")
+        try:
+            if any((self.out / "jobs").glob("*.npz")) or (self.out / "checkpoint.pt").exists():
+                self._refuse_others(path, settings)
+            self.write_text("settings.json", json.dumps(settings, indent=2) + "\n")
+        except BaseException:
+            self._lock.close()
+            raise
 
     def __enter__(self) -> Store:
         return self

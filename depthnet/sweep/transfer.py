@@ -37,7 +37,7 @@ class TransferSettings:
         data, data_dir: see depthnet.data.load.
         width: n; also the base width. depths: the numbers L of blocks.
         base_depth: the depth that learning rates are tuned at, one of `depths`; None is the smallest.
-        parametrizations: presets or exponents "ALPHA,GAMMA". activation: a name.
+        parametrizations: presets or exponents "ALPHA,GAMMA". activation: a name, or slopes (p, q).
         log2_lr: least and greatest log2 of the learning rate. per_octave: grid points a factor of 2.
         seeds: their number. steps, batch: of training.
         sweep: `hidden` moves the learning rate of the blocks only, input and output layers staying at
@@ -54,7 +54,7 @@ class TransferSettings:
     depths: tuple[int, ...] = (8, 16, 32, 64, 128)
     base_depth: int | None = None
     parametrizations: tuple[str, ...] = ("depth_mup", "half_zero", "ode", "standard")
-    activation: str = "abs"
+    activation: str | tuple[float, float] = "abs"
     log2_lr: tuple[float, float] = (-13.0, -4.0)
     per_octave: int = 1
     seeds: int = 2

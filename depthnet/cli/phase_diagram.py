@@ -1,0 +1,45 @@
+"""depthnet phase-diagram."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+
+def add_phase_diagram(verbs) -> None:
+    phase = verbs.add_parser(
+        "phase-diagram",
+        help="in which region of figure 1 does each (alpha, gamma) lie, as measured?",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    phase.set_defaults(run=run_phase_diagram)
+    # The defaults themselves are those of diagnostics.phase_diagram.PhaseSettings.
+    add = phase.add_argument
+    add("--alphas", type=float, nargs=2, default=[0.25, 1.25], metavar=("LOW", "HIGH"),
+        help="branches are multiplied by L^-alpha")  # fmt: skip
+    add("--gammas", type=float, nargs=2, default=[-0.25, 0.75], metavar=("LOW", "HIGH"),
+        help="learning rates are proportional to L^-gamma")  # fmt: skip
+    add("--spacing", type=float, default=0.125, metavar="X", help="from cell to cell")
+    add("--depths", type=int, nargs="+", default=[64, 256, 1024], metavar="L")
+    add("--width", type=int, default=64)
+    add("--seeds", type=int, default=12, metavar="N", help="networks a cell")
+    add("--steps", type=int, default=5, metavar="N")
+    add("--batch", type=int, default=32, metavar="N")
+    add("--optimizer", choices=["adamw", "sgd"], default="adamw")
+    add("--activation", default="abs", help="identity, relu, abs or leaky_relu")
+    add("--data", default="digits", metavar="NAME",
+        help="text, digits, cifar10, mnist, PATH.npz or PATH.txt")  # fmt: skip
+    add("--data-dir", metavar="DIR", help="folder of the files of cifar10 or mnist")
+    add("--out", default="runs/phase", metavar="DIR",
+        help="results go here; a study that was stopped goes on from here")  # fmt: skip
+
+
+def run_phase_diagram(options: argparse.Namespace) -> int:
+    from depthnet.cli.studies import run_study
+    from depthnet.reproduce.phase import Phase
+
+    chosen = {field.name: getattr(options, field.name) for field in fields(Phase)}
+    chosen = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()
+    }
+    return run_study(Phase(**chosen), options.out)

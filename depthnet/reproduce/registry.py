@@ -1,0 +1,81 @@
+"""The studies by name, and what the paper claims; a study's module is imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import NamedTuple
+
+from depthnet._checks import one_of
+from depthnet.reproduce.study import Study
+
+
+class Entry(NamedTuple):
+    """path: "module:class" in depthnet.reproduce. claim: the paper's."""
+
+    path: str
+    claim: str
+
+    def load(self) -> type[Study]:
+        """The class.  Raises an ImportError where a package that it needs is missing."""
+        module, _, name = self.path.partition(":")
+        return getattr(importlib.import_module(f"depthnet.reproduce.{module}"), name)
+
+
+STUDIES = {
+    "phase": Entry(
+        "phase:Phase",
+        "Training is stable and nontrivial for alpha >= 1/2, alpha + gamma = 1 only (figure 1).",
+    ),
+    "init": Entry(
+        "initialization:Initialization",
+        "Of infinite width and depth, features and gradients at initialization have sizes that solve a "
+        "differential equation in depth (appendix E).",
+    ),
+    "first-step": Entry(
+        "initialization:FirstStep",
+        "The limit also gives what the first step of SGD changes (appendix E).",
+    ),
+    "fig8": Entry(
+        "linear:Fig8",
+        "As width grows, a linear network's features approach those computed for infinite width "
+        "(figure 8).",
+    ),
+    "fig9": Entry(
+        "linear:Fig9",
+        "Infinitely wide linear networks converge as depth grows (figure 9, proposition 4.4).",
+    ),
+    "trajectory": Entry(
+        "training:Training",
+        "Nonlinear networks, too, have a limit that Definition E.1 describes, step by step.",
+    ),
+    "coord-check": Entry(
+        "coord_check:CoordCheckStudy",
+        "Under Depth-muP, nothing grows or vanishes as networks get deeper (claims 7.1 to 7.3).",
+    ),
+    "fig17": Entry(
+        "diversity:Fig17",
+        "Layers a part e of the depth apart differ by e^1/2 under Depth-muP, the most that is possible, "
+        "by e under (1, 0) (claim 7.5, figure 17).",
+    ),
+    "fig18": Entry(
+        "diversity:Fig18", "Layers differ by e^1/2 at every time of training (figure 18)."
+    ),
+    "fig19": Entry(
+        "diversity:Fig19", "With |x|, layers follow e^1/2 more closely than with relu (figure 19)."
+    ),
+    "family": Entry(
+        "family:Family",
+        "Of all phi(h) = p max(h, 0) + q max(-h, 0), |h| has the most diverse gradients; it trains better "
+        "than relu (section 8.3, figure 3).",
+    ),
+}
+
+
+def study(name: str) -> type[Study]:
+    """The class of a study.
+
+    Raises:
+        ValueError: there is no such study; the message names the nearest one.
+        ImportError: a package that it needs is missing.
+    """
+    return STUDIES[one_of("study", name, STUDIES)].load()
