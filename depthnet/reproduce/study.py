@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from depthnet.report.machine import machine
 from depthnet.report.transfer import plain
 from depthnet.sweep.store import Store, replacing
 from depthnet.sweep.transfer import Interrupted, versions
@@ -112,17 +114,20 @@ def run(
             arrays = store.finished(job.name)
             if arrays is None:
                 tick(0.0)
+                started = time.monotonic()
                 arrays = job.run(tick)
+                arrays = {**arrays, "seconds": np.array(time.monotonic() - started)}
                 store.finish(job.name, **arrays)
             results[job.name] = arrays
             done += job.cost
             progress(job.name, done / total)
         findings = study.findings(results)
-        _write(study, settings, findings, store)
+        seconds = sum(float(arrays["seconds"]) for arrays in results.values())
+        _write(study, findings, seconds, store)
     return findings
 
 
-def _write(study: Study, settings: dict, findings: Findings, store: Store) -> None:
+def _write(study: Study, findings: Findings, seconds: float, store: Store) -> None:
     table = io.StringIO()
     writer = csv.DictWriter(
         table, list(findings.rows[0] if findings.rows else ()), lineterminator="\n"
@@ -133,6 +138,8 @@ def _write(study: Study, settings: dict, findings: Findings, store: Store) -> No
     summary = {
         "title": study.title,
         "settings": json.loads((store.out / "settings.json").read_text()),
+        "machine": machine(),
+        "seconds": round(seconds, 1),
         "verdicts": [asdict(verdict) for verdict in findings.verdicts],
         "notes": findings.notes,
     }
