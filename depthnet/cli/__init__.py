@@ -7,7 +7,15 @@ import io
 import os
 import sys
 
-from depthnet.cli import describe, studies, theory, transfer
+from depthnet.cli import (
+    coord_check,
+    describe,
+    diversity,
+    phase_diagram,
+    reproduce,
+    theory,
+    transfer,
+)
 from depthnet.cli.terminal import EXIT_INTERRUPTED, EXIT_USAGE
 
 EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError)
@@ -36,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="depthnet", description=sys.modules["depthnet"].__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for module in (transfer, studies, theory, describe):
+    every = transfer, coord_check, diversity, phase_diagram, reproduce, theory, describe
+    for module in every:
         module.add_verbs(verbs)
     return parser

@@ -6,10 +6,13 @@ import argparse
 import json
 from pathlib import Path
 
+from depthnet.cli.studies import run_study
+from depthnet.cli.terminal import exponents_as_values, settings
+
 EXIT_FAILED = 1
 
 
-def add_coord_check(verbs) -> None:
+def add_verbs(verbs) -> None:
     verb = verbs.add_parser(
         "coord-check",
         help="do sizes scale with width and depth as the parametrization says?",
@@ -17,6 +20,7 @@ def add_coord_check(verbs) -> None:
         description="Exits with 0 if every slope is as predicted, with 1 if not.",
     )
     verb.set_defaults(run=run_coord_check)
+    exponents_as_values(verb)
     # The defaults themselves are those of reproduce.coord_check.CoordCheckStudy.
     add = verb.add_argument
     add("--parametrization", default="depth_mup", metavar="NAME",
@@ -44,14 +48,10 @@ def add_coord_check(verbs) -> None:
 
 
 def run_coord_check(options: argparse.Namespace) -> int:
-    from dataclasses import fields
 
-    from depthnet.cli.studies import run_study
     from depthnet.reproduce.coord_check import CoordCheckStudy
 
-    chosen = {field.name: getattr(options, field.name) for field in fields(CoordCheckStudy)}
-    chosen = {key: tuple(v) if isinstance(v, list) else v for key, v in chosen.items()}
-    status = run_study(CoordCheckStudy(**chosen), options.out)
+    status = run_study(settings(CoordCheckStudy, options), options.out)
     if status:
         return status
     summary = json.loads((Path(options.out) / "summary.json").read_text())

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import re
+
+from depthnet.cli.studies import run_study
+from depthnet.cli.terminal import exponents_as_values
 
 
-def add_diversity(verbs) -> None:
+def add_verbs(verbs) -> None:
     diversity = verbs.add_parser(
         "diversity",
         help="do neighboring layers do different things? features, gradients, updates, by depth",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     diversity.set_defaults(run=run_diversity)
-    # argparse takes -0.5,1.5 for an option, unless it looks like a negative number to it.
-    diversity._negative_number_matcher = re.compile(r"-[\d.][\d.,eE+-]*$")
+    exponents_as_values(diversity)
     add = diversity.add_argument
     add("--parametrizations", nargs="+", metavar="NAME", default=["depth_mup", "0.75,0.25", "ode"],
         help="presets, or exponents as ALPHA,GAMMA")  # fmt: skip
@@ -34,7 +35,6 @@ def add_diversity(verbs) -> None:
 
 
 def run_diversity(options: argparse.Namespace) -> int:
-    from depthnet.cli.studies import run_study
     from depthnet.reproduce.diversity import Fig17
 
     study = Fig17(

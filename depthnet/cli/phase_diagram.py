@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+
+from depthnet.cli.studies import run_study
+from depthnet.cli.terminal import settings
 
 
-def add_phase_diagram(verbs) -> None:
+def add_verbs(verbs) -> None:
     phase = verbs.add_parser(
         "phase-diagram",
         help="in which region of figure 1 does each (alpha, gamma) lie, as measured?",
@@ -35,11 +37,6 @@ def add_phase_diagram(verbs) -> None:
 
 
 def run_phase_diagram(options: argparse.Namespace) -> int:
-    from depthnet.cli.studies import run_study
     from depthnet.reproduce.phase import Phase
 
-    chosen = {field.name: getattr(options, field.name) for field in fields(Phase)}
-    chosen = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()
-    }
-    return run_study(Phase(**chosen), options.out)
+    return run_study(settings(Phase, options), options.out)

@@ -1,14 +1,11 @@
-"""depthnet reproduce, and how the command runs any study."""
+"""How the command runs a study."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
-from dataclasses import fields
-from typing import Any
 
-from depthnet._checks import one_of, optional_import
+from depthnet._checks import optional_import
 from depthnet.cli.terminal import EXIT_INTERRUPTED, StopRequests, console, progress_bar
 
 
@@ -52,7 +49,7 @@ def run_study(study, out: str) -> int:
 
 
 def _table(findings):
-    table = _rich_table()
+    table = rich_table()
     for number, heading in enumerate(findings.header):
         numeric = all(isinstance(line[number], (int, float)) for line in findings.lines)
         # Where a terminal is too narrow, cells are folded, not cut.
@@ -65,7 +62,7 @@ def _table(findings):
 def _verdicts(findings):
     text = optional_import("rich.text", "cli", "the command line").Text
     marks = {True: ("yes", "green"), False: ("no", "red"), None: ("undecided", "yellow")}
-    table = _rich_table(show_header=False)
+    table = rich_table(show_header=False)
     for _ in range(2):
         table.add_column(overflow="fold")
     for verdict in findings.verdicts:
@@ -76,65 +73,7 @@ def _verdicts(findings):
     return table
 
 
-def _rich_table(**options):
+def rich_table(**options):
     box = optional_import("rich.box", "cli", "printing a table")
     table = optional_import("rich.table", "cli", "printing a table").Table
     return table(box=box.SIMPLE_HEAD, collapse_padding=True, **options)
-
-
-def add_verbs(verbs) -> None:
-    from depthnet.cli import coord_check, diversity, phase_diagram  # which import this module
-
-    coord_check.add_coord_check(verbs)
-    diversity.add_diversity(verbs)
-    phase_diagram.add_phase_diagram(verbs)
-    reproduce = verbs.add_parser(
-        "reproduce", help="does what the paper claims hold on this machine?"
-    )
-    reproduce.set_defaults(run=run_reproduce)
-    add = reproduce.add_argument
-    add("name", nargs="?", metavar="NAME", help="of the study; without one, all are listed")
-    add("--list", action="store_true", help="list all studies")
-    add("--set", nargs="+", action="append", default=[], metavar=("KEY", "VALUE"),
-        help="change a setting, such as: --set steps 1000 --set depths 64 256")  # fmt: skip
-    add("--out", metavar="DIR",
-        help="results go here, by default runs/NAME; a stopped study goes on from here")  # fmt: skip
-
-
-def run_reproduce(options: argparse.Namespace) -> int:
-    from depthnet.reproduce.registry import STUDIES, study
-
-    if options.list or options.name is None:
-        table = _rich_table()
-        for heading in ("name", "study", "the paper's claim"):
-            table.add_column(heading, overflow="fold")
-        for name, entry in STUDIES.items():
-            try:
-                title = entry.load().title
-            except ImportError as error:
-                title = str(error)
-            table.add_row(name, title, entry.claim)
-        console().print(table, highlight=False, markup=False)
-        return 0
-    kind = study(options.name)
-    return run_study(kind(**_settings(kind(), options.set)), options.out or f"runs/{options.name}")
-
-
-def _settings(defaults, changes: list[list[str]]) -> dict:
-    """The changed settings of a study, converted to the types of the defaults."""
-    chosen: dict[str, Any] = {}
-    for key, *words in changes:
-        one_of("set", key, [field.name for field in fields(defaults)])
-        default = getattr(defaults, key)
-        several = isinstance(default, tuple)
-        kind = str if default is None else type(default[0] if several else default)
-        if not words or (len(words) > 1 and not several):
-            raise ValueError(
-                f"set: {key} takes {'values' if several else 'one value'}, got {words}"
-            )
-        try:
-            values = tuple(kind(word) for word in words)
-        except ValueError:
-            raise ValueError(f"set: {key} takes {kind.__name__}, got {' '.join(words)}") from None
-        chosen[key] = values if several else values[0]
-    return chosen

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import signal
+from dataclasses import fields
 
 from depthnet._checks import optional_import
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+
+
+def exponents_as_values(parser) -> None:
+    """Let a parser take -0.5,1.5 and -1e1 for values, which argparse takes for options."""
+    parser._negative_number_matcher = re.compile(r"-[\d.][\d.,eE+-]*$")
+
+
+def settings(kind: type, options):
+    """A dataclass of settings, each from the option of its name."""
+    chosen = {field.name: getattr(options, field.name) for field in fields(kind)}
+    return kind(**{key: tuple(x) if isinstance(x, list) else x for key, x in chosen.items()})
 
 
 def console():

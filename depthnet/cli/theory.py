@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from depthnet.cli.studies import run_study
+from depthnet.cli.terminal import settings
 
 
 def add_verbs(verbs) -> None:
@@ -17,7 +18,14 @@ def add_verbs(verbs) -> None:
     add = theory.add_argument
     add("--activation", default="abs", help="identity, relu, abs or leaky_relu")
     add("--depth", type=int, metavar="L", help="None is the limit of infinite depth")
-    add("--block-multiplier", type=float, default=1.0, metavar="A", help="branches are A L^-alpha")
+    add(
+        "--block-multiplier",
+        dest="a",
+        type=float,
+        default=1.0,
+        metavar="A",
+        help="branches are A L^-alpha",
+    )
     add("--alpha", type=float, default=0.5, help="other exponents than 0.5, 0.5: identity only")
     add("--gamma", type=float, default=0.5)
     add("--lr", type=float, default=0.5, help="of SGD on the blocks")
@@ -31,16 +39,4 @@ def add_verbs(verbs) -> None:
 def run_theory(options: argparse.Namespace) -> int:
     from depthnet.reproduce.prediction import Prediction
 
-    study = Prediction(
-        data=options.data,
-        data_dir=options.data_dir,
-        steps=options.steps,
-        batch=options.batch,
-        lr=options.lr,
-        activation=options.activation,
-        depth=options.depth,
-        a=options.block_multiplier,
-        alpha=options.alpha,
-        gamma=options.gamma,
-    )
-    return run_study(study, options.out)
+    return run_study(settings(Prediction, options), options.out)

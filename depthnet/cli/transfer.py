@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
-from dataclasses import fields
 
 from depthnet._checks import optional_import
-from depthnet.cli.terminal import EXIT_INTERRUPTED, StopRequests, console, progress_bar
+from depthnet.cli.terminal import (
+    EXIT_INTERRUPTED,
+    StopRequests,
+    console,
+    exponents_as_values,
+    progress_bar,
+    settings,
+)
 
 
 def add_verbs(verbs) -> None:
@@ -19,8 +24,7 @@ def add_verbs(verbs) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     transfer.set_defaults(run=run_transfer)
-    # argparse takes -0.5,1.5 and -1e1 for options, unless they look like negative numbers to it.
-    transfer._negative_number_matcher = re.compile(r"-[\d.][\d.,eE+-]*$")
+    exponents_as_values(transfer)
     # The defaults themselves are those of sweep.TransferSettings.
     add = transfer.add_argument
     add("--data", default="text", metavar="NAME",
@@ -55,14 +59,10 @@ def run_transfer(options: argparse.Namespace) -> int:
     from depthnet.sweep import transfer as sweep
     from depthnet.sweep.store import Store
 
-    chosen = {field.name: getattr(options, field.name) for field in fields(sweep.TransferSettings)}
-    chosen = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()
-    }
-    settings = sweep.TransferSettings(**chosen)
-    data = load(settings.data, settings.data_dir)
-    store = Store(options.out, sweep.record(settings, data))
-    all_jobs = sweep.jobs(settings)
+    study = settings(sweep.TransferSettings, options)
+    data = load(study.data, study.data_dir)
+    store = Store(options.out, sweep.record(study, data))
+    all_jobs = sweep.jobs(study)
     terminal.print(
         f"{len(all_jobs)} populations of {len(all_jobs[0].seed)} networks on "
         f"{describe_source(data.source)}",
@@ -71,13 +71,13 @@ def run_transfer(options: argparse.Namespace) -> int:
     )
     results, started = [], time.monotonic()
     with StopRequests() as stop, progress_bar(terminal) as bar:
-        task = bar.add_task("", total=sum(settings.steps * _cost(job) for job in all_jobs))
+        task = bar.add_task("", total=sum(study.steps * _cost(job) for job in all_jobs))
 
         def advance(job, steps):
             bar.update(task, advance=steps * _cost(job), description=f"{job.name:>16}")
 
         try:
-            for result in sweep.run(settings, store, data, progress=advance, stop=stop):
+            for result in sweep.run(study, store, data, progress=advance, stop=stop):
                 results.append(result)
                 if not terminal.is_terminal:
                     seconds = sum(result.seconds.values())
@@ -86,7 +86,7 @@ def run_transfer(options: argparse.Namespace) -> int:
             bar.stop()
             print(f"stopped; the same command goes on from {options.out}", file=sys.stderr)
             return EXIT_INTERRUPTED
-    summary = report.write(results, settings, store)
+    summary = report.write(results, study, store)
     terminal.print(report.table(summary))
     for name, record in summary["parametrizations"].items():
         last = list(record["slices"].values())[-1]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 from depthnet._checks import integer
-from depthnet.data import Dataset, load
 from depthnet.diagnostics.coord_check import (
     QUANTITIES,
     CoordCheck,
@@ -16,14 +14,14 @@ from depthnet.diagnostics.coord_check import (
     resnet_builder,
 )
 from depthnet.diagnostics.fits import Interval
-from depthnet.reproduce.study import Arrays, Findings, Job, Study, Verdict
+from depthnet.reproduce.study import Arrays, DataStudy, Findings, Job, Verdict
 from depthnet.scaling import Parametrization
 
 HOLDS = {True: "as predicted", False: "off", None: "undecided"}
 
 
 @dataclass(frozen=True)
-class CoordCheckStudy(Study):
+class CoordCheckStudy(DataStudy):
     """`depthnet.diagnostics.coord_check` of a ResNet made by `resnet_builder`.
 
     Args:
@@ -59,13 +57,6 @@ class CoordCheckStudy(Study):
         integer("seeds", self.seeds, 2)
         integer("steps", self.steps, 1)
         integer("batch", self.batch, 1)
-
-    @cached_property
-    def dataset(self) -> Dataset:
-        return load(self.data, self.data_dir)
-
-    def data_source(self):
-        return self.dataset.source
 
     def jobs(self) -> list[Job]:
         build = resnet_builder(

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from depthnet._checks import integer, number
-from depthnet.data import Dataset, load
+from depthnet.data import Dataset
 from depthnet.diagnostics import residual_stream
 from depthnet.diagnostics.diversity import (
     dyadic,
@@ -29,7 +29,7 @@ from depthnet.diagnostics.linearization import linearization
 from depthnet.kernels import slopes
 from depthnet.nn import ResNet
 from depthnet.optim import AdamW
-from depthnet.reproduce.study import Arrays, Findings, Job, Study, Verdict
+from depthnet.reproduce.study import Arrays, DataStudy, Findings, Job, Verdict
 from depthnet.scaling import Parametrization
 from depthnet.training.population import PopulationTrainer
 
@@ -43,7 +43,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 
 
 @dataclass(frozen=True)
-class DiversityStudy(Study):
+class DiversityStudy(DataStudy):
     """Networks trained whole, by AdamW, and their streams on one batch, after some of the steps.
 
     Args:
@@ -92,11 +92,8 @@ class DiversityStudy(Study):
         if number("lr", self.lr) <= 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
 
-    def data_source(self) -> dict[str, Any]:
-        return load(self.data, self.data_dir).source
-
     def jobs(self) -> list[Job]:
-        data = load(self.data, self.data_dir)
+        data = self.dataset
         return [
             Job(_name(*family, depth), depth + 8.0, partial(_train, self, data, *family, depth))
             for family in self.families

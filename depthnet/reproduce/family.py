@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,12 +11,11 @@ import torch
 from torch.nn import functional
 
 from depthnet._checks import integer, number, optional_import
-from depthnet.data import Dataset, load
 from depthnet.diagnostics import residual_stream
 from depthnet.diagnostics.diversity import expected_gradient_correlation
 from depthnet.diagnostics.fits import mean_interval
 from depthnet.nn import ResNet
-from depthnet.reproduce.study import Arrays, Findings, Job, Study, Verdict
+from depthnet.reproduce.study import Arrays, DataStudy, Findings, Job, Verdict
 from depthnet.scaling import Parametrization
 from depthnet.sweep import analysis
 from depthnet.sweep import transfer as sweep
@@ -43,7 +41,7 @@ def correlation(angle: float, depth: float = math.inf) -> float:
 
 
 @dataclass(frozen=True)
-class Family(Study):
+class Family(DataStudy):
     """
     Args:
         data, data_dir: see depthnet.data.load.
@@ -110,13 +108,6 @@ class Family(Study):
             batch=self.batch,
         )
 
-    @cached_property
-    def _dataset(self) -> Dataset:
-        return load(self.data, self.data_dir)
-
-    def data_source(self) -> dict[str, Any]:
-        return self._dataset.source
-
     @property
     def _grid(self) -> list[tuple[float, float]]:
         """(multiplier, log2 of the learning rate) of each member of a seed."""
@@ -139,7 +130,7 @@ class Family(Study):
 
     def _correlate(self, tick) -> Arrays:
         """Over the n coordinates, mean over samples and layers: correlations (angles, seeds)."""
-        data, n, depth = self._dataset, self.gradient_width, self.gradient_depth
+        data, n, depth = self.dataset, self.gradient_width, self.gradient_depth
         found = np.empty((len(self.angles), self.gradient_seeds))
         for seed in range(self.gradient_seeds):
             model = ResNet(
@@ -168,7 +159,7 @@ class Family(Study):
         the last fifth of the steps."""
         multiplier, log2_lr = np.tile(grid, (self.seeds, 1)).T
         job = sweep.Job(DEPTH_MUP, depth, log2_lr, np.repeat(np.arange(self.seeds), len(grid)))
-        population = sweep.trainer(self._training(angle), job, self._dataset)
+        population = sweep.trainer(self._training(angle), job, self.dataset)
         population.model.blocks.scale *= torch.from_numpy(multiplier).float()
         while population.step < self.steps:
             population.train_step()
@@ -211,7 +202,7 @@ class Family(Study):
             f"standard error of {self.gradient_seeds} networks. theory: (p − q)² / (2 (p² + q²)), "
             "times (1 + 1/L)^−1/2.",
             f"loss: of width {self.width}, depth {self.depth}, at the best point of the grid; mean over "
-            f"the last fifth of {self.steps} steps on {self._dataset.source['name']} and over "
+            f"the last fifth of {self.steps} steps on {self.dataset.source['name']} and over "
             f"{self.seeds} seeds. Its error is that of the differences between activations, whose "
             "networks of one seed share initial weights and batches. Without blocks: "
             f"{blockless.mean():.3f}.",
@@ -321,7 +312,7 @@ class Family(Study):
         )
         right.set_ylabel("training loss at the best learning rate")
         right.set_title(
-            f"Training on {self._dataset.source['name']}: width {self.width}, depth {self.depth}, "
+            f"Training on {self.dataset.source['name']}: width {self.width}, depth {self.depth}, "
             f"{self.steps} steps, {self.seeds} seeds"
         )
         for axis in (left, right):

@@ -3,49 +3,50 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 
-from depthnet._checks import optional_import
-from depthnet.data import load
+from depthnet._checks import integer, optional_import
 from depthnet.diagnostics.fits import power_law
 from depthnet.reproduce.networks import network, train
-from depthnet.reproduce.study import Arrays, Findings, Job, Study, Verdict
+from depthnet.reproduce.study import Arrays, DataStudy, Findings, Job, Verdict
 from depthnet.theory import Trajectory, linear_trajectory
 
 FRACTIONS = np.array([0, 0.25, 0.5, 0.75, 1])
 
 
 @dataclass(frozen=True)
-class OnData(Study):
-    """T steps of SGD on the blocks of a network, with the cross-entropy of a data set of vectors."""
+class OnData(DataStudy):
+    """SGD on the blocks of a network, with the cross-entropy of a data set of vectors.
+
+    `steps` counts states of the network, so that the last one is after steps - 1 updates.
+    """
 
     data: str = "digits"
     data_dir: str | None = None
-    steps: int = 10
+    steps: int = 11
     batch: int = 1
     lr: float = 0.5
 
-    @cached_property
-    def _dataset(self):
-        found = load(self.data, self.data_dir)
-        if found.active_features is not None:
-            raise ValueError(
-                f"data: the theory is computed for data of dense vectors, got {self.data!r}"
-            )
-        return found
+    def __post_init__(self) -> None:
+        for argument in ("steps", "batch"):
+            integer(argument, getattr(self, argument), 1)
+        if self.dataset.active_features is not None:
+            raise ValueError(f"data: theory is computed for dense vectors, got {self.data!r}")
 
-    def data_source(self):
-        return self._dataset.source
+    @property
+    def shown(self) -> list[int]:
+        """After how many updates the pictures look: 1, 5 and 10 by default."""
+        return sorted({min(1, self.steps - 1), self.steps // 2, self.steps - 1})
 
     def batches(self) -> tuple[np.ndarray, np.ndarray]:
         """Inputs (T, batch, d), |x|^2 of about 1, and one-hot targets (T, batch, e)."""
-        drawn = [self._dataset.batch(0, step, self.batch) for step in range(self.steps)]
-        x = np.stack([x.numpy() for x, _ in drawn]) * self._dataset.in_features**-0.5
+        drawn = [self.dataset.batch(0, step, self.batch) for step in range(self.steps)]
+        x = np.stack([x.numpy() for x, _ in drawn]) * self.dataset.in_features**-0.5
         y = np.stack([y.numpy() for _, y in drawn])
-        return x, np.eye(self._dataset.out_features)[y]
+        return x, np.eye(self.dataset.out_features)[y]
 
     def sizes(self, found: Trajectory) -> np.ndarray:
         """(FRACTIONS, T): root mean square of the stream, over the width and a step's batch."""
@@ -107,7 +108,7 @@ class Fig8(OnData):
             for f, part in enumerate(FRACTIONS)
             for step in range(self.steps)
         ]
-        places = [(f, t) for f in (1, 4) for t in (0, self.steps // 2, self.steps - 1)]
+        places = [(f, t) for f in (1, 4) for t in self.shown]
         header = (
             "width",
             "error, all",
@@ -140,10 +141,13 @@ class Fig8(OnData):
         import matplotlib
         from matplotlib.figure import Figure
 
-        shown = [0, self.steps // 2 - 1, self.steps - 1]
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(FRACTIONS)))
-        for axis, step in zip(figure.subplots(1, 3, sharey=True), shown, strict=True):
+        for axis, step in zip(
+            figure.subplots(1, len(self.shown), sharey=True, squeeze=False)[0],
+            self.shown,
+            strict=True,
+        ):
             for f, colour in enumerate(colours):
                 mean, std = sizes[:, :, f, step].mean(0), sizes[:, :, f, step].std(0, ddof=1)
                 label = "input" if f == 0 else f"layer {round(FRACTIONS[f] * self.depth)}"
@@ -248,8 +252,11 @@ class Fig9(OnData):
 
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(FRACTIONS) - 1))
-        shown = [0, self.steps // 2 - 1, self.steps - 1]
-        for axis, step in zip(figure.subplots(1, 3, sharey=True), shown, strict=True):
+        for axis, step in zip(
+            figure.subplots(1, len(self.shown), sharey=True, squeeze=False)[0],
+            self.shown,
+            strict=True,
+        ):
             for f, colour in enumerate(colours, 1):
                 label = f"{FRACTIONS[f]:g} L"
                 axis.plot(self.depths, sizes[:, f, step], color=colour, marker="o", label=label)

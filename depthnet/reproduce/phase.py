@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
-from depthnet.data import Dataset, load
 from depthnet.diagnostics.phase_diagram import (
     QUANTITIES,
     REGIONS,
@@ -17,22 +15,15 @@ from depthnet.diagnostics.phase_diagram import (
     PhaseSettings,
     measure,
 )
-from depthnet.reproduce.study import Arrays, Findings, Job, Study, Verdict
+from depthnet.reproduce.study import Arrays, DataStudy, Findings, Job, Verdict
 
 
 @dataclass(frozen=True)
-class Phase(PhaseSettings, Study):
+class Phase(PhaseSettings, DataStudy):
     """The settings are those of depthnet.diagnostics.phase_diagram.PhaseSettings."""
 
     name: ClassVar[str] = "phase"
     title: ClassVar[str] = "The phase diagram of (alpha, gamma), measured (figure 1)"
-
-    @cached_property
-    def _data(self) -> Dataset:
-        return load(self.data, self.data_dir)
-
-    def data_source(self) -> dict:
-        return self._data.source
 
     def jobs(self) -> list[Job]:
         return [
@@ -40,7 +31,7 @@ class Phase(PhaseSettings, Study):
                 _name(depth, number),
                 depth * len(members),
                 lambda tick, depth=depth, members=members: measure(
-                    self, self._data, depth, members, tick
+                    self, self.dataset, depth, members, tick
                 ),
             )
             for depth in self.depths

@@ -29,6 +29,7 @@ class Prediction(OnData):
     steps: int = 5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         moments(self.activation)
         if self.activation != "identity" and (self.alpha, self.gamma) != (0.5, 0.5):
             raise ValueError(

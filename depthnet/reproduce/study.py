@@ -9,11 +9,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from depthnet.data import Dataset, load
 from depthnet.report.machine import machine
 from depthnet.report.transfer import plain
 from depthnet.sweep.store import Store, replacing
@@ -77,6 +79,20 @@ class Study(ABC):
     @abstractmethod
     def findings(self, results: dict[str, Arrays]) -> Findings:
         """What the results of all jobs, by their names, show."""
+
+
+class DataStudy(Study):
+    """A study with the settings `data` and `data_dir`, as for depthnet.data.load."""
+
+    data: str
+    data_dir: str | None
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        return load(self.data, self.data_dir)
+
+    def data_source(self) -> dict[str, Any]:
+        return self.dataset.source
 
 
 def run(

@@ -77,7 +77,7 @@ def test_verdicts_can_fail():
 
 def test_theory_is_for_dense_data_and_known_settings():
     with pytest.raises(ValueError, match="dense vectors, got 'text'"):
-        Prediction(data="text").data_source()
+        Prediction(data="text")
     with pytest.raises(ValueError, match="known for identity only, got 'abs'"):
         Prediction(alpha=1.0, gamma=0.0)
     with pytest.raises(ValueError, match="did you mean 'abs'"):

@@ -1,0 +1,64 @@
+"""depthnet reproduce."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from depthnet._checks import one_of
+from depthnet.cli.studies import rich_table, run_study
+from depthnet.cli.terminal import console
+
+
+def add_verbs(verbs) -> None:
+    reproduce = verbs.add_parser(
+        "reproduce", help="does what the paper claims hold on this machine?"
+    )
+    reproduce.set_defaults(run=run_reproduce)
+    add = reproduce.add_argument
+    add("name", nargs="?", metavar="NAME", help="of the study; without one, all are listed")
+    add("--list", action="store_true", help="list all studies")
+    add("--set", nargs="+", action="append", default=[], metavar=("KEY", "VALUE"),
+        help="change a setting, such as: --set steps 1000 --set depths 64 256")  # fmt: skip
+    add("--out", metavar="DIR",
+        help="results go here, by default runs/NAME; a stopped study goes on from here")  # fmt: skip
+
+
+def run_reproduce(options: argparse.Namespace) -> int:
+    from depthnet.reproduce.registry import STUDIES, study
+
+    if options.list or options.name is None:
+        table = rich_table()
+        for heading in ("name", "study", "the paper's claim"):
+            table.add_column(heading, overflow="fold")
+        for name, entry in STUDIES.items():
+            try:
+                title = entry.load().title
+            except ImportError as error:
+                title = str(error)
+            table.add_row(name, title, entry.claim)
+        console().print(table, highlight=False, markup=False)
+        return 0
+    kind = study(options.name)
+    return run_study(kind(**_settings(kind(), options.set)), options.out or f"runs/{options.name}")
+
+
+def _settings(defaults, changes: list[list[str]]) -> dict:
+    """The changed settings of a study, converted to the types of the defaults."""
+    chosen: dict[str, Any] = {}
+    for key, *words in changes:
+        one_of("set", key, [field.name for field in fields(defaults)])
+        default = getattr(defaults, key)
+        several = isinstance(default, tuple)
+        kind = str if default is None else type(default[0] if several else default)
+        if not words or (len(words) > 1 and not several):
+            raise ValueError(
+                f"set: {key} takes {'values' if several else 'one value'}, got {words}"
+            )
+        try:
+            values = tuple(kind(word) for word in words)
+        except ValueError:
+            raise ValueError(f"set: {key} takes {kind.__name__}, got {' '.join(words)}") from None
+        chosen[key] = values if several else values[0]
+    return chosen
