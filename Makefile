@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 NATIVE := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: transfer test sanitize lint audit bench wheel clean
+.PHONY: transfer test sanitize lint audit bench reproduce wheel clean
 
 transfer: $(VENV)/.run
 	$(BIN)/depthnet transfer $(ARGS)
@@ -40,6 +40,10 @@ bench: $(VENV)/.run
 	$(BIN)/python bench/throughput.py $(ARGS)
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/plot.py
+
+# The claims of the paper, measured: every study of `depthnet reproduce`, and docs/reproduction.md.
+reproduce: $(VENV)/.run
+	$(BIN)/python bench/reproduction.py
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -27,7 +27,7 @@ class Initialization(Study):
     width: int = 1024
     depth: int = 256
     activations: tuple[str, ...] = ("identity", "relu", "abs")
-    seeds: int = 6
+    seeds: int = 10
     pairs: int = 192
 
     def inputs(self) -> np.ndarray:

@@ -1,0 +1,79 @@
+"""Run every study of `depthnet reproduce`, keep what it found, and write docs/reproduction.md.
+
+Studies run in runs/NAME, where a stopped one goes on; results.csv, summary.json and the picture are
+copied to bench/results/reproduce/NAME.  Half an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from common import RESULTS, argument_parser
+
+from depthnet.cli.studies import run_study
+from depthnet.reproduce.registry import STUDIES
+
+ROOT = RESULTS.parent.parent
+MARKS = {True: "yes", False: "**no**", None: "undecided"}
+HEAD = """# Reproduction
+
+The claims of *Tensor Programs VI* (arXiv 2310.02244) as studies: `depthnet reproduce NAME` runs one,
+`depthnet reproduce --list` lists them, `--set KEY VALUE` changes a setting. What follows is what
+`make reproduce` found: every verdict is computed from the run's data, by rules in the code of each study
+(`depthnet/reproduce`), and stands here as it came out.
+"""
+
+
+def main() -> None:
+    args = argument_parser(__doc__)
+    args.add_argument("--runs", type=Path, default=ROOT / "runs", help="where studies run")
+    runs = args.parse_args().runs
+    for name, entry in STUDIES.items():
+        if run_study(entry.load()(), str(runs / name)):
+            return
+        kept = RESULTS / "reproduce" / name
+        kept.mkdir(parents=True, exist_ok=True)
+        for file in ("results.csv", "summary.json", f"{name}.png"):
+            shutil.copy(runs / name / file, kept / file)
+    page = ROOT / "docs" / "reproduction.md"
+    page.write_text("\n".join([HEAD, *(section(name) for name in STUDIES)]), encoding="utf-8")
+    print(f"wrote {page}")
+
+
+def section(name: str) -> str:
+    found = json.loads((RESULTS / "reproduce" / name / "summary.json").read_text())
+    machine, at = found["machine"], f"../bench/results/reproduce/{name}"
+    verdicts = [
+        f"| {MARKS[verdict['holds']]} | {_cell(verdict['claim'])} | {_cell(verdict['words'])} |"
+        for verdict in found["verdicts"]
+    ]
+    notes = [f"\n{note}" for note in found["notes"]]
+    return "\n".join(
+        [
+            f"## {name}: {found['title']}\n",
+            f"{STUDIES[name].claim}\n",
+            "| holds | claim | found |",
+            "|---|---|---|",
+            *verdicts,
+            *notes,
+            f"\n![{found['title']}]({at}/{name}.png)\n",
+            f"{_minutes(found['seconds'])} on {machine['cpu']}, {machine['cores']} cores, torch "
+            f"{machine['torch']}, {machine['date']}. [Rows]({at}/results.csv), "
+            f"[settings]({at}/summary.json).\n",
+        ]
+    )
+
+
+def _cell(text: str) -> str:
+    text = text[:1].upper() + text[1:]
+    return text.replace("|", "\\|")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} minutes"
+
+
+if __name__ == "__main__":
+    main()
