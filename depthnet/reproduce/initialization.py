@@ -121,7 +121,9 @@ class Initialization(Study):
 
         figure = Figure(figsize=(3.2 * len(self.activations) + 1.5, 5.6), layout="constrained")
         axes = figure.subplots(2, len(self.activations), sharex=True, sharey="row", squeeze=False)
-        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 1 + len(CORRELATIONS)))[::-1]
+        colours = np.roll(
+            matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 1 + len(CORRELATIONS))), 1, axis=0
+        )  # by correlation, which an input has 1 of with itself
         names = ("with itself", *(f"ρ = {r:g}" for r in CORRELATIONS))
         for (activation, which), (theory, measured) in panels.items():
             axis = axes[int(which == "gradient"), self.activations.index(activation)]
