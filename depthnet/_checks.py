@@ -28,6 +28,14 @@ def integer(argument: str, value: object, minimum: int) -> int:
     return value.__index__()
 
 
+def integers(settings: object, **minimums: int) -> None:
+    """Check attributes that must be integers of at least a minimum; of a tuple, every member."""
+    for argument, minimum in minimums.items():
+        value = getattr(settings, argument)
+        for each in value if isinstance(value, tuple) else [value]:
+            integer(argument, each, minimum)
+
+
 def number(argument: str, value: object) -> float:
     """Return `value` as a float if it is a finite real number, else raise a ValueError."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):

@@ -20,6 +20,14 @@ def test_the_example_runs_and_learns():
     assert scope["loss"].item() < 0.1
 
 
+@pytest.mark.parametrize("document", ["docs/theory.md", "docs/diagnostics.md"])
+def test_examples_in_the_docs_run(document):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    assert blocks
+    for code in blocks:
+        exec(code, {})
+
+
 @pytest.mark.parametrize("document", ["README.md", "docs/parametrizations.md"])
 def test_presets_are_listed_with_their_exponents(document):
     numbers = {"0": 0.0, "1/2": 0.5, "1": 1.0}
@@ -35,6 +43,10 @@ def test_presets_are_listed_with_their_exponents(document):
     assert found == {name: (preset.alpha, preset.gamma) for name, preset in PRESETS.items()}
 
 
-def test_files_that_are_linked_exist():
-    for target in re.findall(r"\]\((?!https)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_are_linked_exist(document):
+    for target in re.findall(r"\]\((?!https)([^)#]+)\)", document.read_text()):
+        assert (document.parent / target).exists(), target

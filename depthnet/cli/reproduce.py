@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from depthnet._checks import one_of
 from depthnet.cli.studies import rich_table, run_study
 from depthnet.cli.terminal import console
+
+BOOLEANS = {"true": True, "True": True, "false": False, "False": False}
 
 
 def add_verbs(verbs) -> None:
@@ -41,24 +43,24 @@ def run_reproduce(options: argparse.Namespace) -> int:
         console().print(table, highlight=False, markup=False)
         return 0
     kind = study(options.name)
-    return run_study(kind(**_settings(kind(), options.set)), options.out or f"runs/{options.name}")
+    return run_study(kind(**_settings(kind, options.set)), options.out or f"runs/{options.name}")
 
 
-def _settings(defaults, changes: list[list[str]]) -> dict:
-    """The changed settings of a study, converted to the types of the defaults."""
+def _settings(kind: type, changes: list[list[str]]) -> dict:
+    """The changed settings of a study, converted to the types of its fields."""
+    types = get_type_hints(kind)
     chosen: dict[str, Any] = {}
     for key, *words in changes:
-        one_of("set", key, [field.name for field in fields(defaults)])
-        default = getattr(defaults, key)
-        several = isinstance(default, tuple)
-        kind = str if default is None else type(default[0] if several else default)
+        one_of("set", key, [field.name for field in fields(kind)])
+        several = get_origin(types[key]) is tuple
+        of, *_ = get_args(types[key]) or [types[key]]  # of tuple[X, ...] and of X | None, X
         if not words or (len(words) > 1 and not several):
             raise ValueError(
                 f"set: {key} takes {'values' if several else 'one value'}, got {words}"
             )
         try:
-            values = tuple(kind(word) for word in words)
-        except ValueError:
-            raise ValueError(f"set: {key} takes {kind.__name__}, got {' '.join(words)}") from None
+            values = tuple(BOOLEANS[word] if of is bool else of(word) for word in words)
+        except (ValueError, KeyError):
+            raise ValueError(f"set: {key} takes {of.__name__}, got {' '.join(words)}") from None
         chosen[key] = values if several else values[0]
     return chosen

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from depthnet._checks import optional_import
+from depthnet._activations import slopes
+from depthnet._checks import integers, optional_import
 from depthnet.diagnostics.fits import mean_interval
 from depthnet.reproduce.networks import network, train
 from depthnet.reproduce.study import Arrays, Findings, Job, Study, Verdict
@@ -29,6 +30,11 @@ class Initialization(Study):
     activations: tuple[str, ...] = ("identity", "relu", "abs")
     seeds: int = 10
     pairs: int = 192
+
+    def __post_init__(self) -> None:
+        integers(self, width=1, depth=8, seeds=2, pairs=len(CORRELATIONS))
+        for activation in self.activations:
+            slopes(activation)
 
     def inputs(self) -> np.ndarray:
         """Pairs of unit vectors, correlated as in CORRELATIONS, each in a plane of its own."""
@@ -169,6 +175,11 @@ class FirstStep(Study):
     seeds: int = 24
     group: int = 4
 
+    def __post_init__(self) -> None:
+        integers(self, width=1, depth=8, seeds=2, group=1)
+        for activation in self.activations:
+            slopes(activation)
+
     def jobs(self) -> list[Job]:
         return [
             Job(f"{activation}-s{seed}", 1.0, partial(self._measure, activation, seed))
@@ -245,7 +256,7 @@ class FirstStep(Study):
         figure = Figure(figsize=(3.2 * len(panels) + 1.5, 3.4), layout="constrained")
         names = {(0, 0): "⟨x₀, x₀⟩", (1, 0): "⟨x₁, x₀⟩", (1, 1): "⟨x₁, x₁⟩"}
         for axis, (activation, (theory, kernel)) in zip(
-            figure.subplots(1, len(panels), sharey=True, squeeze=False)[0],
+            figure.subplots(1, len(panels), squeeze=False)[0],
             panels.items(),
             strict=True,
         ):

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from depthnet._checks import integer, optional_import
+from depthnet._checks import integers, number, optional_import
 from depthnet.diagnostics.fits import power_law
 from depthnet.reproduce.networks import network, train
 from depthnet.reproduce.study import Arrays, DataStudy, Findings, Job, Verdict
@@ -31,8 +31,8 @@ class OnData(DataStudy):
     lr: float = 0.5
 
     def __post_init__(self) -> None:
-        for argument in ("steps", "batch"):
-            integer(argument, getattr(self, argument), 1)
+        integers(self, steps=2, batch=1)
+        number("lr", self.lr)
         if self.dataset.active_features is not None:
             raise ValueError(f"data: theory is computed for dense vectors, got {self.data!r}")
 
@@ -71,6 +71,10 @@ class Fig8(OnData):
     widths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     seeds: int = 6
     batch: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        integers(self, depth=4, widths=1, seeds=2)
 
     def jobs(self) -> list[Job]:
         jobs = [Job("theory", 0.1, lambda tick: {"sizes": self.sizes(predict(self, self.depth))})]
@@ -181,6 +185,10 @@ class Fig9(OnData):
     )
 
     depths: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        integers(self, depths=4)
 
     def jobs(self) -> list[Job]:
         def of(depth):

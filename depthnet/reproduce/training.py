@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from depthnet._checks import optional_import
+from depthnet._checks import integers, number, one_of, optional_import
 from depthnet.diagnostics.fits import power_law
 from depthnet.reproduce.networks import network, train
 from depthnet.reproduce.study import Arrays, Findings, Job, Study, Verdict
@@ -55,6 +55,12 @@ class Training(Study):
     lr: float = 0.5
     seeds: int = 24
     group: int = 4
+
+    def __post_init__(self) -> None:
+        integers(self, width=1, depths=1, seeds=2, group=1)
+        number("lr", self.lr)
+        for activation in self.activations:
+            one_of("activations", activation, ACTIVATIONS)
 
     def _problem(self) -> tuple[np.ndarray, np.ndarray]:
         """Four inputs of one feature; dLoss/df is given, so that errors of f do not feed back."""

@@ -59,7 +59,7 @@ def test_fig9_measures_the_exponent_of_the_error(tmp_path):
 
 def test_verdicts_can_fail():
     """Fed with networks that do not follow the theory, the studies say so."""
-    study = Initialization(width=8, depth=4, seeds=2, pairs=8, activations=("abs",))
+    study = Initialization(width=8, depth=8, seeds=2, pairs=8, activations=("abs",))
     wrong = {
         f"abs-s{seed}": {"forward": np.ones((9, 5)), "gradient": np.ones((9, 5))}
         for seed in range(2)
@@ -73,6 +73,25 @@ def test_verdicts_can_fail():
     }
     (verdict,) = study.findings(wrong).verdicts
     assert verdict.holds is False
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "message"),
+    [
+        (Fig8, {"seeds": 1}, "seeds must be at least 2, got 1"),
+        (Fig8, {"widths": (64, 0)}, "widths must be at least 1, got 0"),
+        (Fig9, {"depths": (2, 4)}, "depths must be at least 4, got 2"),
+        (Fig9, {"steps": 1}, "steps must be at least 2"),
+        (Initialization, {"activations": ("rleu",)}, "did you mean 'relu'"),
+        (Initialization, {"pairs": 2}, "pairs must be at least 4"),
+        (FirstStep, {"group": 0}, "group must be at least 1"),
+        (Training, {"activations": ("tan",)}, "did you mean 'tanh'"),
+        (Training, {"lr": float("nan")}, "lr must be a finite number"),
+    ],
+)
+def test_bad_settings(kind, setting, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**setting)
 
 
 def test_theory_is_for_dense_data_and_known_settings():

@@ -255,6 +255,8 @@ def test_registered_names_are_the_studies_own(name):
         (["famly"], "study='famly' is not one of phase, .* did you mean 'family'?"),
         (["family", "--set", "step", "10"], "set='step' is not one of .* did you mean 'steps'?"),
         (["family", "--set", "steps", "ten"], "set: steps takes int, got ten"),
+        (["coord-check", "--set", "lr", "fast"], "set: lr takes float, got fast"),
+        (["coord-check", "--set", "blocks_alone", "yes"], "set: blocks_alone takes bool, got yes"),
         (["family", "--set", "steps", "10", "20"], "set: steps takes one value"),
         (["family", "--set", "angles", "0"], "angles must .* -45, 0 and 45 among them"),
     ],
