@@ -1,7 +1,17 @@
 """Residual networks that train at any depth, with hyperparameters tuned once on a small network."""
 
-from depthnet import graphs, kernels, nn, optim, scaling
+from depthnet import diagnostics, graphs, kernels, nn, optim, scaling, theory
 from depthnet.nn import ResNet
 
 __version__ = "0.1.0"
-__all__ = ["ResNet", "__version__", "graphs", "kernels", "nn", "optim", "scaling"]
+__all__ = [
+    "ResNet",
+    "__version__",
+    "diagnostics",
+    "graphs",
+    "kernels",
+    "nn",
+    "optim",
+    "scaling",
+    "theory",
+]

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from depthnet._checks import integers, number, one_of, optional_import
-from depthnet.diagnostics.fits import power_law
 from depthnet.reproduce.networks import network, train
 from depthnet.reproduce.study import Arrays, Findings, Job, Study, Verdict
 from depthnet.theory import Trajectory, trajectory
@@ -157,38 +156,41 @@ class Training(Study):
             ]
             verdicts.append(self._verdict(activation, printed, corrected, mean, error))
         header = ("φ", "", "t", "printed", "corrected", *(f"L={depth}" for depth in self.depths))
-        return Findings(rows, header, lines, verdicts, self._figure(panels, names))
+        return Findings(rows, header, lines, verdicts, self._figure(panels))
 
     def _verdict(self, activation, printed, corrected, mean, error) -> Verdict:
-        """Compare distances, beyond the noise, of the networks' means to the two definitions."""
+        """Compare distances of the networks' means to the two definitions, less what is noise of them."""
         scale = abs(corrected).mean(-1, keepdims=True)
+        noise = np.sqrt(((error / scale) ** 2)[:, :, 1:].mean((1, 2)))
 
         def distance(theory):
-            squares = ((mean - theory) / scale) ** 2 - (error / scale) ** 2
-            return np.sqrt(np.maximum(squares[:, :, 1:].mean((1, 2)), 1e-6))
+            squares = (((mean - theory) / scale) ** 2)[:, :, 1:].mean((1, 2))
+            return np.sqrt(np.maximum(squares - noise**2, 0))
 
         near, far = distance(corrected), distance(printed)
-        fall, other = (power_law(self.depths, one[None]).value for one in (near, far))
-        holds = bool(near[-1] < far[-1] / 2 and fall < -0.25)
-        words = (
-            f"relative distance to the corrected definition {100 * near[0]:.0f} % at depth "
-            f"{self.depths[0]}, {100 * near[-1]:.0f} % at {self.depths[-1]} (as L^{fall:.2f}); to the "
-            f"printed one {100 * far[0]:.0f} % and {100 * far[-1]:.0f} % (as L^{other:.2f})"
+        approached = near[-1] <= noise[-1] or near[-1] <= near[0] / 2
+        holds = bool(approached and near[-1] <= far[-1] / 2)
+        shown = [f"{100 * x:.0f} %" if x > n else "none" for x, n in zip(near, noise, strict=True)]
+        return Verdict(
+            f"{activation}: {self.claim}",
+            holds,
+            f"relative distances at depths {', '.join(map(str, self.depths))}: to the corrected definition "
+            f"{', '.join(shown)} (beyond the noise of {100 * noise[-1]:.0f} %), to the printed one "
+            f"{', '.join(f'{100 * x:.0f} %' for x in far)}",
         )
-        return Verdict(f"{activation}: {self.claim}", holds, words)
 
-    def _figure(self, panels, names):
+    def _figure(self, panels):
         optional_import("matplotlib", "plot", "drawing the picture")
         import matplotlib
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(10.5, 2.4 * len(panels) + 1.2), layout="constrained")
-        grid = figure.subplots(len(panels), len(names), sharex=True, squeeze=False)
+        grid = figure.subplots(len(panels), 3, sharex=True, squeeze=False)
         colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(self.depths)))
         for line, (activation, (printed, corrected, mean, error)) in zip(
             grid, panels.items(), strict=True
         ):
-            for q, (axis, name) in enumerate(zip(line, names, strict=True)):
+            for q, axis in enumerate(line):
                 steps = np.arange(mean.shape[-1])
                 axis.plot(steps, corrected[q], "k-", linewidth=1.5, label="corrected")
                 axis.plot(
@@ -211,12 +213,9 @@ class Training(Study):
                     )
                 axis.grid(alpha=0.3)
                 axis.set_xticks(steps)
-                if line is grid[0]:
-                    axis.set_title(
-                        {"f": "output f", "|x^L|^2": "‖x^L‖² / n", "|dx^0|^2": "‖dx⁰‖² / n"}[name],
-                        fontsize=11,
-                    )
             line[0].set_ylabel(f"φ = {activation}")
+        for axis, name in zip(grid[0], ("output f", "‖x^L‖² / n", "‖dx⁰‖² / n"), strict=True):
+            axis.set_title(name, fontsize=11)
         figure.supxlabel("steps of SGD")
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", frameon=False)
