@@ -174,8 +174,8 @@ class Training(Study):
         return Verdict(
             f"{activation}: {self.claim}",
             holds,
-            f"relative distances at depths {', '.join(map(str, self.depths))}: to the corrected definition "
-            f"{', '.join(shown)} (beyond the noise of {100 * noise[-1]:.0f} %), to the printed one "
+            f"relative distances at depths {', '.join(map(str, self.depths))}: to the corrected "
+            f"definition {', '.join(shown)} (beyond the noise of {100 * noise[-1]:.0f} %), to the printed one "
             f"{', '.join(f'{100 * x:.0f} %' for x in far)}",
         )
 
