@@ -175,8 +175,8 @@ class Training(Study):
             f"{activation}: {self.claim}",
             holds,
             f"relative distances at depths {', '.join(map(str, self.depths))}: to the corrected "
-            f"definition {', '.join(shown)} (beyond the noise of {100 * noise[-1]:.0f} %), to the printed one "
-            f"{', '.join(f'{100 * x:.0f} %' for x in far)}",
+            f"definition {', '.join(shown)} (beyond the noise of {100 * noise[-1]:.0f} %), to the "
+            f"printed one {', '.join(f'{100 * x:.0f} %' for x in far)}",
         )
 
     def _figure(self, panels):
