@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle, product
-from pathlib import Path
+from itertools import product
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,6 +28,7 @@ from depthnet.diagnostics.linearization import linearization
 from depthnet.kernels import slopes
 from depthnet.nn import ResNet
 from depthnet.optim import AdamW
+from depthnet.reproduce import diversity_pictures as pictures
 from depthnet.reproduce.study import Arrays, DataStudy, Findings, Job, Verdict
 from depthnet.scaling import Parametrization
 from depthnet.training.population import PopulationTrainer
@@ -38,8 +38,6 @@ PROBE_SEED, PROBE_INPUTS = 1_000_000, 16  # a batch that no member trains on
 TOLERANCE = 0.05  # of exponents
 DEEP = 1024  # where the claims about infinite depth are looked at, if a study is that deep
 DETAILS = ("quadratic_variation", "gradients", "updates", "remainder", "relative_remainder")
-GUIDES = {0.5: ("--", "ε$^{1/2}$"), 1.0: (":", "ε")}  # d(eps) of noise, and of a smooth path
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 
 
 @dataclass(frozen=True)
@@ -306,7 +304,7 @@ class Fig17(DiversityStudy):
             header,
             measured.lines(_text, (0, -1), ("gradients", "updates", "relative_remainder")),
             self._verdicts(measured),
-            _fig17(self, measured),
+            pictures.fig17(measured),
             [
                 f"κ is fitted to eps from {measured.least} to 1/16, the same "
                 f"at all depths; intervals are over {self.seeds} seeds. At initialization branches are "
@@ -410,7 +408,7 @@ class Fig18(DiversityStudy):
             header,
             measured.lines(lambda kappa: _text(_slope(kappa)), range(len(self.steps))),
             [v for family in self.families for v in self._verdicts(measured, family)],
-            _fig18(self, measured),
+            pictures.fig18(measured),
             [note],
         )
 
@@ -491,136 +489,10 @@ class Fig19(DiversityStudy):
             ("network", "depth", *(f"κ, step {self.steps[at]}" for at in (0, -1)), "loss"),
             measured.lines(_text, (0, -1)),
             verdicts,
-            _fig19(self, measured),
+            pictures.fig19(measured),
             [
                 "In the limit of infinite depth and small eps κ is 1/2 for all of them. At a given eps "
                 "noise has a head start where a branch's variance Var φ is larger: 1 for the identity, "
                 "0.36 for |x|, 0.34 for relu."
             ],
         )
-
-
-def _fig17(study: Fig17, measured: _Measured):
-    """Above initialization, below after training: a panel for each family, and kappa against depth."""
-    families = study.families
-    figure, axes = _panels(study, 2, len(families) + 1)
-    for row, when in ((0, "initialization"), (-1, f"after {study.steps[-1]} steps")):
-        for axis, family in zip(axes[row], families, strict=False):
-            _curves(study, measured, axis, family, row, power=0.0)
-            axis.set_title(f"{study.label(family)}, {when}", fontsize=10)
-        _against_depth(study, measured, axes[row, -1], row)
-        axes[row, -1].set_title(f"κ, {when}", fontsize=10)
-        axes[row, 0].set_ylabel(f"d(ε) / d({measured.least})")
-        axes[row, -1].set_ylim(-0.05, 0.6)
-    return figure
-
-
-def _fig18(study: Fig18, measured: _Measured):
-    """A row for each family, a column for each time."""
-    figure, axes = _panels(study, len(study.families), len(study.steps))
-    for row, family in enumerate(study.families):
-        for step, steps in enumerate(study.steps):
-            _curves(study, measured, axes[row, step], family, step, power=0.5)
-            axes[row, step].set_title(f"{study.label(family)}, step {steps}", fontsize=10)
-        axes[row, 0].set_ylabel(f"d(ε) / ε$^{{1/2}}$, 1 at ε = {measured.least}")
-    return figure
-
-
-def _fig19(study: Fig19, measured: _Measured):
-    """A panel for each activation, and kappa against depth."""
-    families = study.families
-    figure, axes = _panels(study, 1, len(families) + 1)
-    for axis, family in zip(axes[0], families, strict=False):
-        _curves(study, measured, axis, family, -1, power=0.5)
-        axis.set_title(f"{study.label(family)}, step {study.steps[-1]}", fontsize=10)
-    axes[0, 0].set_ylabel(f"d(ε) / ε$^{{1/2}}$, 1 at ε = {measured.least}")
-    shown = [
-        measured.scaled(arrays, -1, 0.5)[1] for found in measured.found.values() for arrays in found
-    ]
-    for axis in axes[0, :-1]:  # the differences are small
-        axis.set_yscale("linear")
-        axis.set_ylim(min(map(np.min, shown)) - 0.02, max(map(np.max, shown)) + 0.02)
-    _against_depth(study, measured, axes[0, -1], -1)
-    axes[0, -1].set_title(f"κ, step {study.steps[-1]}", fontsize=10)
-    return figure
-
-
-def _panels(study: DiversityStudy, rows: int, columns: int):
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    figure = Figure(figsize=(1.6 + 2.7 * columns, 1.5 + 2.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    seeds = f"{study.seeds} seed{'s' if study.seeds > 1 else ''}"
-    words = [f"{Path(study.data).name}, width {study.width}, {seeds}"]
-    if len(study.activations) == 1:
-        words.append(f"φ = {study.activations[0]}")
-    if len(study.parametrizations) == 1:
-        words.append(str(Parametrization.of(study.parametrizations[0])))
-    figure.suptitle(
-        f"{study.title}\n{', '.join(words)}; shaded: range of seeds",
-        fontsize=11,
-        parse_math=False,
-    )
-    handles = [
-        Line2D([], [], color=_shade(study, depth), label=f"{depth}") for depth in study.depths
-    ]
-    handles += [
-        Line2D([], [], color="0.5", linestyle=style, label=label)
-        for style, label in GUIDES.values()
-    ]
-    figure.legend(
-        handles=handles, title="depth", loc="outside right center", frameon=False, fontsize=9
-    )
-    return figure, axes
-
-
-def _shade(study: DiversityStudy, depth: int):
-    import matplotlib
-
-    place = study.depths.index(depth) / max(len(study.depths) - 1, 1)
-    return matplotlib.colormaps["viridis"](0.9 * place)
-
-
-def _curves(study, measured, axis, family, step: int, power: float) -> None:
-    """Means over seeds with their spread, and the two laws that the theory knows as guide lines."""
-    for depth, arrays in zip(study.depths, measured.found[family], strict=True):
-        epsilons, curves = measured.scaled(arrays, step, power)
-        colour = _shade(study, depth)
-        axis.plot(epsilons, curves.mean(0), color=colour, marker=".")
-        axis.fill_between(epsilons, curves.min(0), curves.max(0), color=colour, alpha=0.2, lw=0)
-    least = epsilons[-measured.common]
-    for exponent, (style, _) in GUIDES.items():
-        axis.plot(
-            epsilons, (epsilons / least) ** (exponent - power), color="0.5", ls=style, zorder=0
-        )
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=2)
-    axis.set_xlabel("ε, part of the depth")
-    axis.grid(alpha=0.3)
-
-
-def _against_depth(study, measured, axis, step: int) -> None:
-    for place, (family, colour) in enumerate(zip(study.families, cycle(COLOURS))):
-        found = measured.intervals(family, step)
-        values = [interval.value for interval in found]
-        bars = [[i.value - i.low for i in found], [i.high - i.value for i in found]]
-        if study.seeds == 1:
-            bars = None
-        axis.errorbar(
-            np.array(study.depths) * 1.05**place,  # so that bars stand side by side
-            values,
-            bars,
-            color=colour,
-            marker="o",
-            ms=4,
-            capsize=3,
-            label=study.label(family),
-        )
-    axis.axhline(0.5, color="0.5", lw=0.8, zorder=0)
-    axis.set_xscale("log", base=2)
-    axis.set_xlabel("depth")
-    axis.grid(alpha=0.3)
-    axis.set_ylabel("κ, 95 % intervals")
-    axis.margins(y=0.4)  # room for the legend
-    axis.legend(fontsize=8, loc="lower left")

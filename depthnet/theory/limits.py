@@ -151,7 +151,8 @@ def trajectory(
 ) -> Trajectory:
     """SGD on a nonlinear network under Depth-muP (alpha = gamma = 1/2): Definition E.1, corrected.
 
-    At depth L it is the limit's equation in L steps, which differs from a network of L layers by O(1/L).
+    At depth L it is the limit's equation in L steps.  Networks of L layers are farther from the limit
+    than that: their distance was measured to fall as L^-1/2 to L^-1.
     The definition as printed (corrected=False) lacks the terms in phi'' and phi''' of the backward pass,
     and disagrees with networks from the second step on; `depthnet reproduce trajectory` shows both.
 

@@ -61,8 +61,8 @@ def recursion(
                + dx_i^l[w_i^l] (E[phi''_i phi^c_i] + E[phi'_i^2]),
 
     where y[w] is the coefficient of phi^c(w) in y, and y[z] that of z.  For phi = identity this is Lemma
-    4.3, exact at every depth.  Otherwise it is Definition E.1 with the terms in phi'' and phi''' that
-    the definition as printed lacks, right to O(1/L); corrected=False is the definition as printed.
+    4.3, exact at every depth.  Otherwise it is, in L steps, Definition E.1 with the terms in phi'' and
+    phi''' that the definition as printed lacks; corrected=False is the definition as printed.
 
     Args:
         gram: (N, N), inner products of the inputs x_i^0.
