@@ -154,7 +154,8 @@ def trajectory(
     At depth L it is the limit's equation in L steps.  Networks of L layers are farther from the limit
     than that: their distance was measured to fall as L^-1/2 to L^-1.
     The definition as printed (corrected=False) lacks the terms in phi'' and phi''' of the backward pass,
-    and disagrees with networks from the second step on; `depthnet reproduce trajectory` shows both.
+    and disagrees with networks in gradients from the start, in features from the second step on;
+    `depthnet reproduce trajectory` shows both.
 
     Args:
         activation: as for `moments`; smooth functions, or slopes (p, q), for which derivatives of phi'
