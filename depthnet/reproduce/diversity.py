@@ -491,7 +491,7 @@ class Fig19(DiversityStudy):
             verdicts,
             pictures.fig19(measured),
             [
-                "In the limit of infinite depth and small eps κ is 1/2 for all activations. At a given eps "
+                "In the limit of infinite depth and small eps κ is 1/2 for all activations. At any eps "
                 "noise has a head start where a branch's variance Var φ is larger: 0.36 for |x|, 0.34 for "
                 "relu, 1 for the identity."
             ],
