@@ -35,10 +35,26 @@ def test_doctor(capsys):
         ("rich", ["classify", "0.5", "0.5"], "cli"),
         ("matplotlib", ["transfer"], "plot"),
         ("sklearn", ["transfer", "--data", "digits"], "data"),
+        (
+            "scipy",
+            [
+                "coord-check",
+                "--data",
+                "text",
+                "--widths",
+                "8",
+                "16",
+                "--depths",
+                "8",
+                "--steps",
+                "1",
+            ],
+            "stats",
+        ),
     ],
 )
 def test_a_missing_extra_is_named(module, arguments, extra, tmp_path):
-    if arguments[0] == "transfer":
+    if arguments[0] != "classify":
         arguments = [*arguments, "--out", str(tmp_path)]
     code = f"""
 import sys

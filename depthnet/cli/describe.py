@@ -100,7 +100,7 @@ def run_doctor(options: argparse.Namespace) -> int:
         else "none found"
     )
     terminal.print(f"  accelerator: {where}", highlight=False)
-    for requirement in ("triton", "matplotlib", "scikit-learn", "optuna", "rich"):
+    for requirement in ("triton", "matplotlib", "scikit-learn", "scipy", "optuna", "rich"):
         try:
             version = importlib.metadata.version(requirement)
         except importlib.metadata.PackageNotFoundError:
