@@ -137,41 +137,21 @@ class Fig8(OnData):
             "(means of n independent numbers: n^-0.5)"
         )
         return Findings(
-            rows, header, lines, [Verdict(self.claim, holds, words)], self._figure(sizes, limit)
+            rows,
+            header,
+            lines,
+            [Verdict(self.claim, holds, words)],
+            _figure(
+                self,
+                "width n",
+                self.widths,
+                sizes.mean(0),
+                sizes.std(0, ddof=1),
+                limit,
+                f"Linear network of depth {self.depth} on {self.data}: mean and standard deviation of "
+                f"{self.seeds} seeds\ndashed: infinite width, computed",
+            ),
         )
-
-    def _figure(self, sizes, limit):
-        optional_import("matplotlib", "plot", "drawing the picture")
-        import matplotlib
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(10, 3.8), layout="constrained")
-        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(FRACTIONS)))
-        for axis, step in zip(
-            figure.subplots(1, len(self.shown), sharey=True, squeeze=False)[0],
-            self.shown,
-            strict=True,
-        ):
-            for f, colour in enumerate(colours):
-                mean, std = sizes[:, :, f, step].mean(0), sizes[:, :, f, step].std(0, ddof=1)
-                label = "input" if f == 0 else f"layer {round(FRACTIONS[f] * self.depth)}"
-                axis.errorbar(
-                    self.widths, mean, std, color=colour, marker="o", capsize=3, label=label
-                )
-                axis.axhline(limit[f, step], color=colour, linestyle="--", linewidth=1)
-            axis.set_xscale("log", base=2)
-            axis.set_title(f"after {step} step{'s' * (step != 1)}", fontsize=11)
-            axis.set_xlabel("width n")
-            axis.grid(alpha=0.3)
-        figure.axes[0].set_ylabel("root mean square of features")
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
-        figure.suptitle(
-            f"Linear network of depth {self.depth} on {self.data}: mean and standard deviation of "
-            f"{self.seeds} seeds\ndashed: infinite width, computed",
-            fontsize=11,
-        )
-        return figure
 
 
 @dataclass(frozen=True)
@@ -249,37 +229,48 @@ class Fig9(OnData):
             header,
             lines,
             [Verdict(self.claim, holds, words)],
-            self._figure(sizes, limit),
+            _figure(
+                self,
+                "depth L",
+                self.depths,
+                sizes,
+                np.zeros_like(sizes),
+                limit,
+                f"Linear network of infinite width on {self.data}, computed\ndashed: infinite depth",
+            ),
             [note],
         )
 
-    def _figure(self, sizes, limit):
-        optional_import("matplotlib", "plot", "drawing the picture")
-        import matplotlib
-        from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(10, 3.8), layout="constrained")
-        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(FRACTIONS) - 1))
-        for axis, step in zip(
-            figure.subplots(1, len(self.shown), sharey=True, squeeze=False)[0],
-            self.shown,
-            strict=True,
-        ):
-            for f, colour in enumerate(colours, 1):
-                label = f"{FRACTIONS[f]:g} L"
-                axis.plot(self.depths, sizes[:, f, step], color=colour, marker="o", label=label)
-                axis.axhline(limit[f, step], color=colour, linestyle="--", linewidth=1)
-            axis.set_xscale("log", base=2)
-            axis.set_title(f"after {step} step{'s' * (step != 1)}", fontsize=11)
-            axis.set_xlabel("depth L")
-            axis.grid(alpha=0.3)
-        figure.axes[0].set_ylabel("root mean square of features")
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(
-            handles[::-1], labels[::-1], title="layer", loc="outside right center", frameon=False
-        )
-        figure.suptitle(
-            f"Linear network of infinite width on {self.data}, computed\ndashed: infinite depth",
-            fontsize=11,
-        )
-        return figure
+def _figure(study: OnData, label: str, points, sizes, spread, limit, title: str):
+    """A panel for each of some steps: sizes (points, FRACTIONS, steps) and their limit."""
+    optional_import("matplotlib", "plot", "drawing the picture")
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(FRACTIONS)))
+    panels = figure.subplots(1, len(study.shown), sharey=True, squeeze=False)[0]
+    for axis, step in zip(panels, study.shown, strict=True):
+        for f, colour in enumerate(colours):
+            axis.errorbar(
+                points,
+                sizes[:, f, step],
+                spread[:, f, step],
+                color=colour,
+                marker="o",
+                capsize=3,
+                label=f"{FRACTIONS[f]:g} L" if f else "input",
+            )
+            axis.axhline(limit[f, step], color=colour, linestyle="--", linewidth=1)
+        axis.set_xscale("log", base=2)
+        axis.set_title(f"after {step} step{'s' * (step != 1)}", fontsize=11)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    panels[0].set_ylabel("root mean square of features")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles[::-1], labels[::-1], title="at layer", loc="outside right center", frameon=False
+    )
+    figure.suptitle(title, fontsize=11)
+    return figure
