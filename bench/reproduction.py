@@ -67,7 +67,8 @@ def section(name: str) -> str:
 
 
 def _cell(text: str) -> str:
-    text = text[:1].upper() + text[1:]
+    if text[:1].isascii():  # not κ
+        text = text[:1].upper() + text[1:]
     return text.replace("|", "\\|")
 
 
