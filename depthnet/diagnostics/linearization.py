@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from depthnet.diagnostics.stream import residual_stream
+from depthnet.diagnostics.stream import find_blocks, residual_stream
 from depthnet.kernels import slopes
 from depthnet.kernels.reference import slope, subtract_mean
 from depthnet.nn import ResNet
@@ -50,23 +51,65 @@ class Linearization:
             return _rms(self.remainder) / _rms(self.change)
 
 
-def linearization(model: ResNet, weights_before: Tensor, inputs: Tensor) -> Linearization:
+def linearization(
+    model: nn.Module,
+    weights_before: Tensor | dict[str, Tensor],
+    inputs: Tensor,
+    *,
+    blocks: str | Sequence[nn.Module] | None = None,
+) -> Linearization:
     """Compare each block of a trained network with its linearization about earlier weights.
 
     Args:
-        model: as it is now. weights_before: a copy of model.blocks.weight as it was, (*P, L, n, n).
+        model: as it is now.
+        weights_before: a copy of what it was: of a ResNet model.blocks.weight, (*P, L, n, n); of other
+            modules model.state_dict(), of which the parameters in blocks are used.
         inputs: what the model is called with.
+        blocks: of modules other than a ResNet, their residual blocks or a pattern of their names, see
+            `residual_stream`; each must be callable with the stream alone.  They are linearized by
+            forward-mode differentiation, and the change of a block is that of its output.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
-    if not isinstance(model, ResNet):
-        raise TypeError(f"model must be a depthnet.ResNet, got {type(model).__name__}")
+    if isinstance(model, ResNet) and blocks is None:
+        return _of_resnet(model, weights_before, inputs)
+    found = find_blocks(model, blocks)
+    names = {id(module): name for name, module in model.named_modules()}
+    stream = residual_stream(model, inputs, blocks=found)
+    sizes = []
+    for block, x in zip(found, stream.x, strict=False):  # the last x leaves the last block
+        after = {name: parameter.detach() for name, parameter in block.named_parameters()}
+        try:
+            before = {name: weights_before[f"{names[id(block)]}.{name}"] for name in after}
+        except (KeyError, TypeError):
+            raise ValueError(
+                "weights_before must be an earlier model.state_dict(), with the parameters of every block"
+            ) from None
+        sizes.append(_of_block(block, before, after, x))
+    change, remainder = (len(found) * np.array(size) for size in zip(*sizes, strict=True))
+    return Linearization(change=change, remainder=remainder)
+
+
+def _of_block(block: nn.Module, before: dict, after: dict, x: Tensor) -> tuple[float, float]:
+    """Sizes of a block's change and of what is not linear in that of its parameters."""
+
+    def run(parameters):
+        return torch.func.functional_call(block, parameters, (x,))
+
+    update = {name: after[name] - before[name] for name in after}
+    start, linear = torch.func.jvp(run, (before,), (update,))
+    change = (run(after) - start).detach()
+    return tuple(z.double().square().mean().sqrt().item() for z in (change, change - linear))
+
+
+def _of_resnet(model: ResNet, weights_before: Tensor, inputs: Tensor) -> Linearization:
     blocks = model.blocks
-    if weights_before.shape != blocks.weight.shape:
+    shape = getattr(weights_before, "shape", None)
+    if shape != blocks.weight.shape:
         raise ValueError(
             f"weights_before must be {tuple(blocks.weight.shape)}, as model.blocks.weight is, "
-            f"got {tuple(weights_before.shape)}"
+            f"got {shape if shape is None else tuple(shape)}"
         )
     stream = residual_stream(model, inputs)
     after = stream.h

@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from depthnet import ResNet
 from depthnet.diagnostics.fits import power_law
 from depthnet.diagnostics.linearization import linearization
 from depthnet.optim import AdamW
+from depthnet.reproduce.networks import SmoothBlock
 
 WIDTH, SEEDS = 64, 4
 
@@ -104,9 +106,31 @@ def test_falls_with_depth_unless_updates_keep_their_size(parametrization):
     assert (relative_slope.high < 0) == (gamma > 0)
 
 
+def test_blocks_of_any_module_are_linearized_alike():
+    """The same network, as a ResNet and as plain modules with forward-mode derivatives."""
+    model, before, x = trained(depth=6, lr=2**-5, dtype=torch.float64)
+    member = ResNet(16, WIDTH, 6, 4, base_width=WIDTH, dtype=torch.float64)
+    for name in ("input", "blocks", "output"):
+        getattr(member, name).weight.data = getattr(model, name).weight.data[0]
+    want = linearization(member, before[0], x)
+
+    def plain(weights):
+        blocks = [SmoothBlock(w.clone(), member.blocks.scale, torch.abs) for w in weights]
+        return nn.Sequential(member.input, nn.Sequential(*blocks), member.output)
+
+    now = plain(member.blocks.weight.detach())
+    start = plain(before[0]).state_dict()
+    for blocks in ("1.*", list(now[1])):
+        found = linearization(now, start, x, blocks=blocks)
+        np.testing.assert_allclose(found.change, want.change, rtol=1e-9)
+        np.testing.assert_allclose(found.remainder, want.remainder, rtol=1e-9)
+    with pytest.raises(ValueError, match="weights_before must be an earlier model"):
+        linearization(now, plain(before[0])[1].state_dict(), x, blocks="1.*")
+
+
 def test_bad_input_is_named():
     model = ResNet(4, 8, 3, 2)
-    with pytest.raises(TypeError, match=r"model must be a depthnet\.ResNet, got Linear"):
+    with pytest.raises(TypeError, match="blocks must name the residual blocks of a Linear"):
         linearization(torch.nn.Linear(4, 4), torch.zeros(1), torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"weights_before must be \(3, 8, 8\)"):
         linearization(model, torch.zeros(2, 8, 8), torch.zeros(2, 4))
