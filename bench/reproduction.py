@@ -1,7 +1,7 @@
 """Run every study of `depthnet reproduce`, keep what it found, and write docs/reproduction.md.
 
 Studies run in runs/NAME, where a stopped one goes on; results.csv, summary.json and the picture are
-copied to bench/results/reproduce/NAME.  Half an hour on two cores.
+copied to bench/results/reproduce/NAME.  Twenty minutes on two cores.
 """
 
 from __future__ import annotations
