@@ -77,7 +77,7 @@ def residual_stream(
 
 def _of_resnet(model: ResNet, inputs: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
     blocks = model.blocks
-    xs, hs = [model.input(inputs)], []
+    xs, hs = [_differentiable(model.input(inputs))], []
     for weight in blocks.weight.unbind(-3):
         hs.append(xs[-1] @ weight.mT)
         step = scaled_residual(
@@ -114,11 +114,20 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> S
 def _by_hooks(model, inputs, blocks) -> tuple[list[Tensor], Tensor]:
     seen: list[tuple[nn.Module, Tensor, Tensor]] = []
 
+    def enter(module, arguments):
+        if not arguments or not isinstance(arguments[0], Tensor):
+            raise ValueError(
+                f"blocks must take the stream as their first positional argument; the "
+                f"{type(module).__name__} was called with {arguments!r}"
+            )
+        return (_differentiable(arguments[0]), *arguments[1:])
+
     def keep(module, arguments, result):
         first = result[0] if isinstance(result, tuple) else result
         seen.append((module, arguments[0], first))
 
-    handles = [block.register_forward_hook(keep) for block in blocks]
+    handles = [blocks[0].register_forward_pre_hook(enter)]
+    handles += [block.register_forward_hook(keep) for block in blocks]
     try:
         outputs = model(inputs)
     finally:
@@ -133,3 +142,8 @@ def _by_hooks(model, inputs, blocks) -> tuple[list[Tensor], Tensor]:
     if len(shapes) > 1:
         raise ValueError(f"blocks must keep the shape of the stream, got {sorted(shapes)}")
     return xs, outputs
+
+
+def _differentiable(x: Tensor) -> Tensor:
+    """The stream as it enters the blocks, which has no gradient if the layers before are frozen."""
+    return x.detach().requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x

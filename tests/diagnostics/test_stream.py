@@ -63,6 +63,19 @@ def test_stream_of_any_module_through_hooks():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_gradients_reach_the_first_layer_of_frozen_networks():
+    model, x = resnet(), torch.randn(7, 5, dtype=torch.float64)
+    plain = nn.Sequential(nn.Linear(3, 8), nn.Sequential(Block(), Block()), nn.Linear(8, 2))
+    y = torch.randn(6, 3)
+    for network, inputs, blocks in ((model, x, None), (plain, y, "1.*")):
+        free = residual_stream(network, inputs, lambda f: f.square().sum(), blocks=blocks)
+        network.requires_grad_(False)
+        frozen = residual_stream(network, inputs, lambda f: f.square().sum(), blocks=blocks)
+        torch.testing.assert_close(frozen.dx, free.dx)
+    assert not x.requires_grad
+    assert not y.requires_grad
+
+
 def test_a_resnet_through_hooks_would_have_one_block():
     model, x = resnet(), torch.randn(2, 5, dtype=torch.float64)
     stream = residual_stream(model, x, blocks="blocks")
@@ -78,6 +91,10 @@ def test_errors():
         residual_stream(model, x, blocks="layers.*")
     with pytest.raises(ValueError, match="blocks must keep the shape of the stream"):
         residual_stream(model, x, blocks=[model[0], model[1]])
+    keyword = nn.Module()
+    keyword.block, keyword.forward = Block(), lambda x: keyword.block(x=x)
+    with pytest.raises(ValueError, match="first positional argument; the Block was called with"):
+        residual_stream(keyword, torch.randn(6, 8), blocks="block")
     with pytest.raises(ValueError, match="run once each, in the order given: 2 were given, 2 ran"):
         residual_stream(model, x, blocks=[model[1][1], model[1][0]])
     assert not any(module._forward_hooks for module in model.modules())
