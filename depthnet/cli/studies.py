@@ -37,7 +37,8 @@ def run_study(study, out: str) -> int:
     if not terminal.is_terminal:
         terminal.width = 1000  # a file has no width: nothing is wrapped
     terminal.print(_table(findings))
-    terminal.print(_verdicts(findings))
+    if findings.verdicts:
+        terminal.print(_verdicts(findings))
     for note in findings.notes:
         terminal.print(note, highlight=False, markup=False, style="dim")
     terminal.print(

@@ -84,7 +84,7 @@ class Prediction(OnData):
         notes = [
             f"φ = {self.activation}, depth {self.depth or 'infinite'}, a = {self.a:g}, "
             f"(α, γ) = ({self.alpha:g}, {self.gamma:g}). Root mean squares over the width.",
-            f"At unit variance: Var φ(h) = {rate:.6g}, E φ'(h)² = {slope:.6g}; gradients of neighbouring "
+            f"At unit variance: Var φ(h) = {rate:.6g}, E φ'(h)² = {slope:.6g}; gradients of neighboring "
             f"layers correlate by {expected_gradient_correlation(self.activation):.4g} at initialization.",
             "Gradients at initialization, with respect to x at "
             + ", ".join(
