@@ -1,4 +1,4 @@
-"""The limits of infinite width and depth, as functions: no torch, fast enough for a notebook."""
+"""The limits of infinite width and depth, as functions in numpy, fast enough for a notebook."""
 
 from depthnet.scaling.classification import Classification, classify
 from depthnet.theory.limits import Trajectory, initial_kernels, linear_trajectory, trajectory
