@@ -29,10 +29,10 @@ def integer(argument: str, value: object, minimum: int) -> int:
 
 
 def integers(settings: object, **minimums: int) -> None:
-    """Check attributes that must be integers of at least a minimum; of a tuple, every member."""
+    """Check attributes that must be integers of at least a minimum; of several, every one."""
     for argument, minimum in minimums.items():
         value = getattr(settings, argument)
-        for each in value if isinstance(value, tuple) else [value]:
+        for each in value if isinstance(value, (tuple, list)) else [value]:
             integer(argument, each, minimum)
 
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
 from depthnet.cli.studies import run_study
-from depthnet.cli.terminal import exponents_as_values, settings
-
-EXIT_FAILED = 1
+from depthnet.cli.terminal import add_data, add_out, exponents_as_values, settings
 
 
 def add_verbs(verbs) -> None:
@@ -27,9 +23,7 @@ def add_verbs(verbs) -> None:
         help="a preset, or exponents as ALPHA,GAMMA")  # fmt: skip
     add("--optimizer", default="adamw", help="adamw, adam or sgd")
     add("--activation", default="abs", help="identity, relu, abs or leaky_relu")
-    add("--data", default="digits", metavar="NAME",
-        help="text, digits, cifar10, mnist, PATH.npz or PATH.txt")  # fmt: skip
-    add("--data-dir", metavar="DIR", help="folder of the files of cifar10 or mnist")
+    add_data(verb, "digits")
     add("--widths", type=int, nargs="+", default=[64, 128, 256, 512], metavar="N",
         help="compared at the base depth")  # fmt: skip
     add("--depths", type=int, nargs="+", default=[32, 64, 128, 256], metavar="L",
@@ -43,17 +37,10 @@ def add_verbs(verbs) -> None:
     add("--eps", type=float,
         help="Adam's, at the base shape; None is 4 times the blocks' median gradient there")  # fmt: skip
     add("--blocks-alone", action="store_true", help="keep input and output layers as they start")
-    add("--out", default="runs/coord-check", metavar="DIR",
-        help="results go here; a check that was stopped goes on from here")  # fmt: skip
+    add_out(verb, "runs/coord-check")
 
 
 def run_coord_check(options: argparse.Namespace) -> int:
-
     from depthnet.reproduce.coord_check import CoordCheckStudy
 
-    status = run_study(settings(CoordCheckStudy, options), options.out)
-    if status:
-        return status
-    summary = json.loads((Path(options.out) / "summary.json").read_text())
-    passed = all(verdict["holds"] is True for verdict in summary["verdicts"])
-    return 0 if passed else EXIT_FAILED
+    return run_study(settings(CoordCheckStudy, options), options.out, must_hold=True)

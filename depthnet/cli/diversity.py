@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from depthnet.cli.studies import run_study
-from depthnet.cli.terminal import exponents_as_values
+from depthnet.cli.terminal import add_data, add_out, exponents_as_values
 
 
 def add_verbs(verbs) -> None:
@@ -27,11 +27,8 @@ def add_verbs(verbs) -> None:
     add("--seeds", type=int, default=4, metavar="N", help="networks of each kind")
     add("--batch", type=int, default=64, metavar="N")
     add("--lr", type=float, default=2**-7, help="the learning rate at depth 8")
-    add("--data", default="text", metavar="NAME",
-        help="text, digits, cifar10, mnist, PATH.npz or PATH.txt")  # fmt: skip
-    add("--data-dir", metavar="DIR", help="folder of the files of cifar10 or mnist")
-    add("--out", default="runs/diversity", metavar="DIR",
-        help="results go here; a study that was stopped goes on from here")  # fmt: skip
+    add_data(diversity, "text")
+    add_out(diversity, "runs/diversity")
 
 
 def run_diversity(options: argparse.Namespace) -> int:

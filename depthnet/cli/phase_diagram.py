@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from depthnet.cli.studies import run_study
-from depthnet.cli.terminal import settings
+from depthnet.cli.terminal import add_data, add_out, settings
 
 
 def add_verbs(verbs) -> None:
@@ -29,11 +29,8 @@ def add_verbs(verbs) -> None:
     add("--batch", type=int, default=32, metavar="N")
     add("--optimizer", choices=["adamw", "sgd"], default="adamw")
     add("--activation", default="abs", help="identity, relu, abs or leaky_relu")
-    add("--data", default="digits", metavar="NAME",
-        help="text, digits, cifar10, mnist, PATH.npz or PATH.txt")  # fmt: skip
-    add("--data-dir", metavar="DIR", help="folder of the files of cifar10 or mnist")
-    add("--out", default="runs/phase", metavar="DIR",
-        help="results go here; a study that was stopped goes on from here")  # fmt: skip
+    add_data(phase, "digits")
+    add_out(phase, "runs/phase")
 
 
 def run_phase_diagram(options: argparse.Namespace) -> int:

@@ -6,11 +6,14 @@ import sys
 import time
 
 from depthnet._checks import optional_import
-from depthnet.cli.terminal import EXIT_INTERRUPTED, StopRequests, console, progress_bar
+from depthnet.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, StopRequests, console, progress_bar
 
 
-def run_study(study, out: str) -> int:
-    """Run a reproduce.Study with a progress bar; print its table and verdicts."""
+def run_study(study, out: str, *, must_hold: bool = False) -> int:
+    """Run a reproduce.Study with a progress bar; print its table and verdicts.
+
+    Returns the exit status: with `must_hold`, EXIT_FAILED unless every verdict is yes.
+    """
     from depthnet.reproduce.study import run
     from depthnet.sweep.transfer import Interrupted
 
@@ -46,7 +49,8 @@ def run_study(study, out: str) -> int:
         highlight=False,
         markup=False,
     )
-    return 0
+    holds = all(verdict.holds is True for verdict in findings.verdicts)
+    return EXIT_FAILED if must_hold and not holds else 0
 
 
 def _table(findings):

@@ -8,12 +8,30 @@ from dataclasses import fields
 
 from depthnet._checks import optional_import
 
-EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def exponents_as_values(parser) -> None:
     """Let a parser take -0.5,1.5 and -1e1 for values, which argparse takes for options."""
     parser._negative_number_matcher = re.compile(r"-[\d.][\d.,eE+-]*$")
+
+
+def add_data(
+    parser, default: str, kinds: str = "text, digits, cifar10, mnist, PATH.npz or PATH.txt"
+):
+    """The options that say what a study's data are."""
+    parser.add_argument("--data", default=default, metavar="NAME", help=kinds)
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of the files of cifar10 or mnist")
+
+
+def add_out(parser, default: str) -> None:
+    """The option that says where a study is kept."""
+    parser.add_argument(
+        "--out",
+        default=default,
+        metavar="DIR",
+        help="results go here; a study that was stopped goes on from here",
+    )
 
 
 def settings(kind: type, options):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from depthnet.cli.studies import run_study
-from depthnet.cli.terminal import settings
+from depthnet.cli.terminal import add_data, add_out, settings
 
 
 def add_verbs(verbs) -> None:
@@ -31,9 +31,8 @@ def add_verbs(verbs) -> None:
     add("--lr", type=float, default=0.5, help="of SGD on the blocks")
     add("--steps", type=int, default=5, metavar="N")
     add("--batch", type=int, default=1, metavar="N")
-    add("--data", default="digits", metavar="NAME", help="digits, cifar10, mnist or PATH.npz")
-    add("--data-dir", metavar="DIR", help="folder of the files of cifar10 or mnist")
-    add("--out", default="runs/theory", metavar="DIR", help="results go here")
+    add_data(theory, "digits", "digits, cifar10, mnist or PATH.npz")
+    add_out(theory, "runs/theory")
 
 
 def run_theory(options: argparse.Namespace) -> int:

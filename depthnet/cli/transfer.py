@@ -10,6 +10,8 @@ from depthnet._checks import optional_import
 from depthnet.cli.terminal import (
     EXIT_INTERRUPTED,
     StopRequests,
+    add_data,
+    add_out,
     console,
     exponents_as_values,
     progress_bar,
@@ -27,9 +29,7 @@ def add_verbs(verbs) -> None:
     exponents_as_values(transfer)
     # The defaults themselves are those of sweep.TransferSettings.
     add = transfer.add_argument
-    add("--data", default="text", metavar="NAME",
-        help="text, digits, cifar10, mnist, PATH.npz or PATH.txt")  # fmt: skip
-    add("--data-dir", metavar="DIR", help="folder of the files of cifar10 or mnist")
+    add_data(transfer, "text")
     add("--width", type=int, default=64)
     add("--depths", type=int, nargs="+", default=[8, 16, 32, 64, 128], metavar="L")
     add("--base-depth", type=int, metavar="L",
@@ -46,22 +46,27 @@ def add_verbs(verbs) -> None:
     add("--sweep", choices=["hidden", "all"], default="hidden",
         help="whose learning rate moves; hidden keeps input and output layers at 2^-7")  # fmt: skip
     add("--device", default="cpu", help="a torch device, such as cuda")
-    add("--out", default="runs/transfer", metavar="DIR",
-        help="results go here; a study that was stopped goes on from here")  # fmt: skip
+    add_out(transfer, "runs/transfer")
 
 
 def run_transfer(options: argparse.Namespace) -> int:
-    terminal = console()
-    text = optional_import("rich.text", "cli", "the command line")
+    optional_import("rich", "cli", "the command line")
     optional_import("matplotlib", "plot", "the picture of a study")
     from depthnet.data import load
-    from depthnet.report import transfer as report
     from depthnet.sweep import transfer as sweep
     from depthnet.sweep.store import Store
 
     study = settings(sweep.TransferSettings, options)
     data = load(study.data, study.data_dir)
-    store = Store(options.out, sweep.record(study, data))
+    with Store(options.out, sweep.record(study, data)) as store:
+        return _transfer(study, data, store)
+
+
+def _transfer(study, data, store) -> int:
+    from depthnet.report import transfer as report
+    from depthnet.sweep import transfer as sweep
+
+    terminal = console()
     all_jobs = sweep.jobs(study)
     terminal.print(
         f"{len(all_jobs)} populations of {len(all_jobs[0].seed)} networks on "
@@ -84,8 +89,9 @@ def run_transfer(options: argparse.Namespace) -> int:
                     print(f"{result.job.name}: {seconds:.1f} s of training", flush=True)
         except sweep.Interrupted:
             bar.stop()
-            print(f"stopped; the same command goes on from {options.out}", file=sys.stderr)
+            print(f"stopped; the same command goes on from {store.out}", file=sys.stderr)
             return EXIT_INTERRUPTED
+    text = optional_import("rich.text", "cli", "the command line")
     summary = report.write(results, study, store)
     terminal.print(report.table(summary))
     for name, record in summary["parametrizations"].items():
@@ -95,7 +101,7 @@ def run_transfer(options: argparse.Namespace) -> int:
     terminal.print(
         f"Training took {sum(summary['seconds'].values()):.0f} s ({split}); this call, "
         f"{time.monotonic() - started:.0f} s. Wrote results.csv, summary.json, transfer.png in "
-        f"{options.out}.",
+        f"{store.out}.",
         highlight=False,
         markup=False,
     )

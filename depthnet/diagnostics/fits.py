@@ -22,6 +22,11 @@ class Interval:
         return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
 
+def standard_error(samples: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Of the mean of independent samples along an axis, two of them at least."""
+    return np.std(samples, axis, ddof=1) / np.shape(samples)[axis] ** 0.5
+
+
 def mean_interval(samples: np.ndarray) -> Interval:
     """The mean of independent samples, with Student's interval; of one sample, an infinite one."""
     samples = np.asarray(samples, np.float64)
@@ -29,7 +34,7 @@ def mean_interval(samples: np.ndarray) -> Interval:
     if n == 1 or not math.isfinite(mean):
         return Interval(mean, -math.inf, math.inf)
     stats = optional_import("scipy.stats", "stats", "a confidence interval")
-    half = float(stats.t.ppf(0.975, n - 1) * samples.std(ddof=1) / n**0.5)
+    half = float(stats.t.ppf(0.975, n - 1) * standard_error(samples))
     return Interval(mean, mean - half, mean + half)
 
 

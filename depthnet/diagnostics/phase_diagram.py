@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from depthnet._checks import integer, number, one_of, optional_import
+from depthnet._checks import integers, number, one_of, optional_import
 from depthnet.data import Dataset, load
 from depthnet.diagnostics.fits import Interval, power_law
 from depthnet.diagnostics.stream import Stream, residual_stream
@@ -87,8 +87,7 @@ class PhaseSettings:
     data_dir: str | None = None
 
     def __post_init__(self) -> None:
-        for argument, minimum in (("width", 2), ("seeds", 2), ("steps", 1), ("batch", 1)):
-            integer(argument, getattr(self, argument), minimum)
+        integers(self, width=2, seeds=2, steps=1, batch=1)
         if number("spacing", self.spacing) <= 0:
             raise ValueError(f"spacing must be positive, got {self.spacing}")
         for argument in ("alphas", "gammas"):
@@ -99,8 +98,7 @@ class PhaseSettings:
                     f"{argument} must be two numbers, the lower first, whole steps of "
                     f"{self.spacing:g} apart, got {low:g} and {high:g}"
                 )
-        for depth in self.depths:
-            integer("depths", depth, 1)
+        integers(self, depths=1)
         if len(self.depths) < 2 or list(self.depths) != sorted(set(self.depths)):
             raise ValueError(f"depths must be two at least, ascending, got {self.depths}")
         one_of("optimizer", self.optimizer, LEARNING_RATES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import statistics
@@ -11,44 +9,27 @@ from pathlib import Path
 
 from depthnet._checks import optional_import
 from depthnet.sweep import analysis
-from depthnet.sweep.store import Store, replacing
+from depthnet.sweep.store import Store
 from depthnet.sweep.transfer import JobResult, TransferSettings
 from depthnet.training.population import SECTIONS
 
 
 def write(results: list[JobResult], settings: TransferSettings, store: Store) -> dict:
     """Write results.csv, summary.json and transfer.png; returns the summary."""
-    table = io.StringIO()
-    rows = analysis.rows(results, settings)
-    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    store.write_text("results.csv", table.getvalue())
+    store.write_rows("results.csv", analysis.rows(results, settings))
     summary = {
         "settings": json.loads((store.out / "settings.json").read_text()),
         "parametrizations": analysis.summarise(results, settings),
         "seconds": time_split(results),
     }
-    store.write_text("summary.json", json.dumps(plain(summary), indent=2) + "\n")
-    with replacing(store.out / "transfer.png") as temporary:
-        picture(results, settings).savefig(temporary, format="png", dpi=150)
+    store.write_json("summary.json", summary)
+    store.write_figure("transfer.png", picture(results, settings))
     return summary
 
 
 def time_split(results: list[JobResult]) -> dict[str, float]:
     """Seconds of training, by section, over all jobs."""
     return {name: sum(result.seconds[name] for result in results) for name in SECTIONS}
-
-
-def plain(value):
-    """A value for JSON, which has no infinity and no NaN: they become the text "inf" and null."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else "inf" if value > 0 else "-inf"
-    return value
 
 
 def table(summary: dict):

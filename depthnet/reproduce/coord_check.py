@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from depthnet._checks import integer
+from depthnet._checks import integers
 from depthnet.diagnostics.coord_check import (
     QUANTITIES,
     CoordCheck,
@@ -54,9 +54,7 @@ class CoordCheckStudy(DataStudy):
     def __post_init__(self) -> None:
         cross(self.widths, self.depths, self.base_width, self.base_depth)
         Parametrization.of(self.parametrization)
-        integer("seeds", self.seeds, 2)
-        integer("steps", self.steps, 1)
-        integer("batch", self.batch, 1)
+        integers(self, seeds=2, steps=1, batch=1)
 
     def jobs(self) -> list[Job]:
         build = resnet_builder(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from depthnet._checks import integer, number
+from depthnet._checks import integers, number
 from depthnet.data import Dataset
 from depthnet.diagnostics import residual_stream
 from depthnet.diagnostics.diversity import (
@@ -68,12 +68,7 @@ class DiversityStudy(DataStudy):
     lr: float = 2**-7
 
     def __post_init__(self) -> None:
-        for argument in ("width", "seeds", "batch"):
-            integer(argument, getattr(self, argument), 1)
-        for depth in self.depths:
-            integer("depths", depth, 32)
-        for step in self.steps:
-            integer("steps", step, 0)
+        integers(self, width=1, seeds=1, batch=1, depths=32, steps=0)
         names = tuple(Parametrization.of(name).name for name in self.parametrizations)
         object.__setattr__(self, "parametrizations", names)
         object.__setattr__(self, "depths", tuple(sorted(self.depths)))

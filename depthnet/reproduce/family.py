@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from depthnet._checks import integer, number, optional_import
+from depthnet._checks import integers, number, optional_import
 from depthnet.diagnostics import residual_stream
 from depthnet.diagnostics.diversity import expected_gradient_correlation
-from depthnet.diagnostics.fits import mean_interval
+from depthnet.diagnostics.fits import mean_interval, standard_error
 from depthnet.nn import ResNet
 from depthnet.reproduce.study import Arrays, DataStudy, Findings, Job, Verdict
 from depthnet.scaling import Parametrization
@@ -88,10 +88,8 @@ class Family(DataStudy):
         multipliers = [number("multipliers", multiplier) for multiplier in self.multipliers]
         if not multipliers or multipliers[0] <= 0 or sorted(set(multipliers)) != multipliers:
             raise ValueError(f"multipliers must be positive and ascending, got {self.multipliers}")
-        integer("gradient_depth", self.gradient_depth, 2)
-        integer("gradient_seeds", self.gradient_seeds, 2)  # for a standard error
-        for argument in ("gradient_width", "gradient_batch"):
-            integer(argument, getattr(self, argument), 1)
+        integers(self, gradient_depth=2, gradient_width=1, gradient_batch=1)
+        integers(self, gradient_seeds=2)  # for a standard error
         self._training(RELU)  # checks the others
 
     def _training(self, angle: float) -> sweep.TransferSettings:
@@ -368,7 +366,7 @@ def _less(claim: str, a: np.ndarray, b: np.ndarray, words: str, undecided=False)
 
 def _error(samples: np.ndarray) -> float:
     """The standard error of the mean."""
-    return float(np.std(samples, ddof=1)) / len(samples) ** 0.5 if len(samples) > 1 else math.nan
+    return float(standard_error(samples)) if len(samples) > 1 else math.nan
 
 
 def _errors(losses: list[np.ndarray]) -> list[float]:

@@ -10,8 +10,8 @@ import numpy as np
 
 from depthnet._activations import slopes
 from depthnet._checks import integers, optional_import
-from depthnet.diagnostics.fits import mean_interval
-from depthnet.reproduce.networks import network, train
+from depthnet.diagnostics.fits import standard_error
+from depthnet.reproduce.networks import groups, network, train
 from depthnet.reproduce.study import Arrays, Findings, Job, Study, Verdict
 from depthnet.theory import initial_kernels, trajectory
 
@@ -89,7 +89,7 @@ class Initialization(Study):
                 # Errors are relative to the size of the vectors, which a kernel near 0 is not.
                 scale = theory[:, :1]
                 off = abs(measured.mean(0) - theory) / scale
-                noise = measured.std(0, ddof=1) / self.seeds**0.5 / scale
+                noise = standard_error(measured) / scale
                 worst.append(off.max())
                 decided &= bool((abs(off - 0.02) > 2 * noise).all())
                 lines.append(
@@ -135,7 +135,7 @@ class Initialization(Study):
             axis = axes[int(which == "gradient"), self.activations.index(activation)]
             for k, (name, colour) in enumerate(zip(names, colours, strict=True)):
                 axis.plot(FRACTIONS, theory[:, k], color=colour, linewidth=1)
-                error = measured[:, :, k].std(0, ddof=1) / self.seeds**0.5
+                error = standard_error(measured[:, :, k])
                 axis.errorbar(
                     FRACTIONS,
                     measured[:, :, k].mean(0),
@@ -182,17 +182,16 @@ class FirstStep(Study):
 
     def jobs(self) -> list[Job]:
         return [
-            Job(f"{activation}-s{seed}", 1.0, partial(self._measure, activation, seed))
+            Job(f"{activation}-s{seeds[0]}", 1.0, partial(self._measure, activation, seeds))
             for activation in self.activations
-            for seed in range(0, self.seeds, self.group)
+            for seeds in groups(self.seeds, self.group)
         ]
 
     def _problem(self):
         """The same input twice; dLoss/df is chi, whatever f is."""
         return np.ones((2, 1, 1)), np.full((2, 1, 1), self.chi)
 
-    def _measure(self, activation: str, seed: int, tick) -> Arrays:
-        seeds = list(range(seed, min(seed + self.group, self.seeds)))
+    def _measure(self, activation: str, seeds: list[int], tick) -> Arrays:
         model = network(activation, 1, 1, self.width, self.depth, 1.0, seeds)
         layers = [round(part * self.depth) for part in FRACTIONS]
         found = train(model, *self._problem(), lr=self.lr, layers=layers, loss="product", tick=tick)
@@ -206,7 +205,7 @@ class FirstStep(Study):
     def findings(self, results: dict[str, Arrays]) -> Findings:
         rows, lines, verdicts, panels = [], [], [], {}
         for activation in self.activations:
-            own = [results[f"{activation}-s{s}"] for s in range(0, self.seeds, self.group)]
+            own = [results[f"{activation}-s{g[0]}"] for g in groups(self.seeds, self.group)]
             change = np.concatenate([one["change"] for one in own])
             kernel = np.concatenate([one["kernel"] for one in own])
             x, y = self._problem()
@@ -224,16 +223,16 @@ class FirstStep(Study):
             }
             scores = []
             for name, (measured, predicted) in quantities.items():
-                mean = mean_interval(measured)
-                error = float(measured.std(ddof=1)) / len(measured) ** 0.5
-                scores.append((mean.value - predicted) / error)
-                lines.append((activation, name, predicted, mean.value, error, f"{scores[-1]:+.1f}"))
+                mean = float(measured.mean())
+                error = float(standard_error(measured))
+                scores.append((mean - predicted) / error)
+                lines.append((activation, name, predicted, mean, error, f"{scores[-1]:+.1f}"))
                 rows.append(
                     {
                         "activation": activation,
                         "quantity": name,
                         "limit": predicted,
-                        "measured": mean.value,
+                        "measured": mean,
                         "standard_error": error,
                         "seeds": len(measured),
                     }
@@ -264,7 +263,7 @@ class FirstStep(Study):
                 names.items(), ("#0072B2", "#E69F00", "#009E73"), strict=True
             ):
                 axis.plot(FRACTIONS, theory[:, i, j], color=colour, linewidth=1)
-                error = kernel[:, :, i, j].std(0, ddof=1) / len(kernel) ** 0.5
+                error = standard_error(kernel[:, :, i, j])
                 axis.errorbar(
                     FRACTIONS,
                     kernel[:, :, i, j].mean(0),

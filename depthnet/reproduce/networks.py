@@ -31,6 +31,11 @@ class SmoothBlock(nn.Module):
         return x + self.scale * (z - z.mean(-1, keepdim=True))
 
 
+def groups(seeds: int, size: int) -> list[list[int]]:
+    """The seeds from 0 on, in populations of `size`."""
+    return [list(range(first, min(first + size, seeds))) for first in range(0, seeds, size)]
+
+
 def network(
     activation, inputs: int, outputs: int, width: int, depth: int, a: float, seeds
 ) -> nn.Module:

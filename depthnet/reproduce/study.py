@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import time
 from abc import ABC, abstractmethod
@@ -17,8 +15,7 @@ import numpy as np
 
 from depthnet.data import Dataset, load
 from depthnet.report.machine import machine
-from depthnet.report.transfer import plain
-from depthnet.sweep.store import Store, replacing
+from depthnet.sweep.store import Store
 from depthnet.sweep.transfer import Interrupted, versions
 
 Arrays = dict[str, np.ndarray]
@@ -144,13 +141,7 @@ def run(
 
 
 def _write(study: Study, findings: Findings, seconds: float, store: Store) -> None:
-    table = io.StringIO()
-    writer = csv.DictWriter(
-        table, list(findings.rows[0] if findings.rows else ()), lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(findings.rows)
-    store.write_text("results.csv", table.getvalue())
+    store.write_rows("results.csv", findings.rows)
     summary = {
         "title": study.title,
         "settings": json.loads((store.out / "settings.json").read_text()),
@@ -159,6 +150,5 @@ def _write(study: Study, findings: Findings, seconds: float, store: Store) -> No
         "verdicts": [asdict(verdict) for verdict in findings.verdicts],
         "notes": findings.notes,
     }
-    store.write_text("summary.json", json.dumps(plain(summary), indent=2) + "\n")
-    with replacing(store.out / f"{study.name}.png") as temporary:
-        findings.figure.savefig(temporary, format="png", dpi=150)
+    store.write_json("summary.json", summary)
+    store.write_figure(f"{study.name}.png", findings.figure)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from depthnet._checks import integers, number, one_of, optional_import
-from depthnet.reproduce.networks import network, train
+from depthnet.diagnostics.fits import standard_error
+from depthnet.reproduce.networks import groups, network, train
 from depthnet.reproduce.study import Arrays, Findings, Job, Study, Verdict
 from depthnet.theory import Trajectory, trajectory
 
@@ -69,17 +70,16 @@ class Training(Study):
     def jobs(self) -> list[Job]:
         return [
             Job(
-                f"{activation}-L{depth}-s{seed}",
+                f"{activation}-L{depth}-s{seeds[0]}",
                 depth,
-                partial(self._measure, activation, depth, seed),
+                partial(self._measure, activation, depth, seeds),
             )
             for activation in self.activations
             for depth in self.depths
-            for seed in range(0, self.seeds, self.group)
+            for seeds in groups(self.seeds, self.group)
         ]
 
-    def _measure(self, activation: str, depth: int, seed: int, tick) -> Arrays:
-        seeds = list(range(seed, min(seed + self.group, self.seeds)))
+    def _measure(self, activation: str, depth: int, seeds: list[int], tick) -> Arrays:
         model = network(ACTIVATIONS[activation][1], 1, 1, self.width, depth, 1.0, seeds)
         found = train(
             model, *self._problem(), lr=self.lr, layers=[0, depth], loss="product", tick=tick
@@ -114,15 +114,15 @@ class Training(Study):
                 [
                     np.concatenate(
                         [
-                            results[f"{activation}-L{depth}-s{seed}"]["quantities"]
-                            for seed in range(0, self.seeds, self.group)
+                            results[f"{activation}-L{depth}-s{seeds[0]}"]["quantities"]
+                            for seeds in groups(self.seeds, self.group)
                         ]
                     )
                     for depth in self.depths
                 ]
             )  # depths, seeds, quantities, steps
             mean = measured.mean(1)
-            error = measured.std(1, ddof=1) / self.seeds**0.5
+            error = standard_error(measured, axis=1)
             panels[activation] = printed, corrected, mean, error
             rows += [
                 {

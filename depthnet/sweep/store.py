@@ -6,7 +6,10 @@ leaves whole files only.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import math
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -111,6 +114,23 @@ class Store:
         with replacing(self.out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
+    def write_rows(self, name: str, rows: list[dict]) -> None:
+        """A CSV file of rows that have the same keys."""
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(rows[0] if rows else ()), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self.write_text(name, table.getvalue())
+
+    def write_json(self, name: str, value) -> None:
+        """A JSON file, which has no infinity and no NaN: they become the text "inf" and null."""
+        self.write_text(name, json.dumps(_plain(value), indent=2) + "\n")
+
+    def write_figure(self, name: str, figure) -> None:
+        """A PNG file of a matplotlib Figure."""
+        with replacing(self.out / name) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+
     def finished(self, job: str) -> dict[str, np.ndarray] | None:
         """The arrays of a finished job, or None."""
         path = self.out / "jobs" / f"{job}.npz"
@@ -139,3 +159,13 @@ class Store:
                 checkpoint = torch.load(path, weights_only=True)
                 if checkpoint["job"] == job:
                     load(checkpoint["state"])
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "inf" if value > 0 else "-inf"
+    return value

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from depthnet._checks import integer
+from depthnet._checks import integers
 from depthnet.data import Dataset
 from depthnet.kernels import dispatch, slopes
 from depthnet.nn import ResNet
@@ -64,9 +64,8 @@ class TransferSettings:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for argument, minimum in (("width", 1), ("seeds", 1), ("batch", 1), ("per_octave", 1)):
-            integer(argument, getattr(self, argument), minimum)
-        integer("steps", self.steps, 5)  # the last fifth of the steps must hold one
+        integers(self, width=1, seeds=1, batch=1, per_octave=1)
+        integers(self, steps=5)  # the last fifth of the steps must hold one
         for name in self.parametrizations:
             if not isinstance(name, str):
                 raise TypeError(f"parametrizations must be names or 'ALPHA,GAMMA', got {name!r}")
@@ -78,8 +77,7 @@ class TransferSettings:
                 raise ValueError(
                     f"{argument} must be different from each other, at least one; got {values}"
                 )
-        for depth in self.depths:
-            integer("depths", depth, 1)
+        integers(self, depths=1)
         if self.base_depth is None:
             object.__setattr__(self, "base_depth", min(self.depths))
         elif self.base_depth not in self.depths:
