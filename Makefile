@@ -58,7 +58,7 @@ $(VENV)/.python:
 	touch $@
 
 $(VENV)/.run: $(VENV)/.python $(NATIVE)
-	$(PIP) --editable '.[cli,data,plot,stats]'
+	$(PIP) --editable '.[cli,data,plot,report,stats,sweep]'
 	$(BIN)/depthnet doctor
 	touch $@
 

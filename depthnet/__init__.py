@@ -2,6 +2,7 @@
 
 from depthnet import diagnostics, graphs, kernels, nn, optim, scaling, theory
 from depthnet.nn import ResNet
+from depthnet.tuning import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "optim",
     "scaling",
     "theory",
+    "tune",
 ]

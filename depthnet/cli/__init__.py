@@ -13,6 +13,7 @@ from depthnet.cli import (
     diversity,
     phase_diagram,
     reproduce,
+    sweep,
     theory,
     transfer,
 )
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="depthnet", description=sys.modules["depthnet"].__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    every = transfer, coord_check, diversity, phase_diagram, reproduce, theory, describe
+    every = transfer, sweep, coord_check, diversity, phase_diagram, reproduce, theory, describe
     for module in every:
         module.add_verbs(verbs)
     return parser

@@ -15,7 +15,7 @@ def run_study(study, out: str, *, must_hold: bool = False) -> int:
     Returns the exit status: with `must_hold`, EXIT_FAILED unless every verdict is yes.
     """
     from depthnet.reproduce.study import run
-    from depthnet.sweep.transfer import Interrupted
+    from depthnet.sweep.worker import Interrupted
 
     optional_import("matplotlib", "plot", "the picture of a study")
     terminal, started = console(), time.monotonic()

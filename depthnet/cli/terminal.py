@@ -12,8 +12,8 @@ EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def exponents_as_values(parser) -> None:
-    """Let a parser take -0.5,1.5 and -1e1 for values, which argparse takes for options."""
-    parser._negative_number_matcher = re.compile(r"-[\d.][\d.,eE+-]*$")
+    """Let a parser take -0.5,1.5 and -9:-4:1 and -1e1 for values, which argparse takes for options."""
+    parser._negative_number_matcher = re.compile(r"-[\d.][\d.,:eE+-]*$")
 
 
 def add_data(

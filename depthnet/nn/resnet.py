@@ -194,6 +194,25 @@ class ResNet(nn.Module):
         for layer in (self.input, self.blocks, self.output):
             layer.reset_parameters(generator)
 
+    def keep(self, members: Tensor) -> None:
+        """Go on with some members of the population only, in place; they keep their parameters.
+
+        Args:
+            members: int64 (fewer,), their places, on the device of the weights; at least one.
+
+        Raises:
+            ValueError: the network is no population.
+        """
+        if self.population is None:
+            raise ValueError("keep: a single network has no members")
+        self.population = len(members)
+        for layer in (self.input, self.blocks, self.output):
+            layer.population = len(members)
+            layer.weight.grad = None
+            layer.weight.data = layer.weight.data[members]
+        if isinstance(self.blocks.scale, Tensor):
+            self.blocks.scale = self.blocks.scale[members]
+
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
         x = self.input(x)

@@ -210,6 +210,25 @@ class ScaledOptimizer(torch.optim.Optimizer):
         """Whether the last step's states are not yet in `state`: GradScaler has skipped every step."""
         return self._plan is not None and bool(self._plan.pending)
 
+    def keep(self, members: Tensor) -> None:
+        """Go on with some members of the populations only, in place, once the module has done the same.
+
+        Args:
+            members: int64 (fewer,), their places.
+        """
+        for group in self.param_groups:
+            if group.get("population") is None:
+                continue
+            group["population"] = len(members)
+            for key in SCALES:
+                if isinstance(group[key], Tensor):
+                    group[key] = group[key][members.cpu()]
+            for param in group["params"]:
+                for key, value in self.state.get(param, {}).items():
+                    if value.ndim:  # all but the count of steps
+                        self.state[param][key] = value[members]
+        self._plan = None
+
     def _check_numbers(self, group: dict) -> None:
         """Check what only one kind of optimizer has."""
         raise NotImplementedError

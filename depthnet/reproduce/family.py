@@ -18,7 +18,9 @@ from depthnet.nn import ResNet
 from depthnet.reproduce.study import Arrays, DataStudy, Findings, Job, Verdict
 from depthnet.scaling import Parametrization
 from depthnet.sweep import analysis
-from depthnet.sweep import transfer as sweep
+from depthnet.sweep.population import trainer
+from depthnet.sweep.study import Job as Population
+from depthnet.sweep.study import Member, Network, SweepSettings
 
 NAMES = {-45.0: "identity", -11.25: "leaky 0.2", 0.0: "relu", 45.0: "|h|"}
 IDENTITY, RELU, ABS = -45.0, 0.0, 45.0
@@ -92,15 +94,15 @@ class Family(DataStudy):
         integers(self, gradient_seeds=2)  # for a standard error
         self._training(RELU)  # checks the others
 
-    def _training(self, angle: float) -> sweep.TransferSettings:
-        return sweep.TransferSettings(
+    def _training(self, angle: float) -> SweepSettings:
+        low, high = self.log2_lr
+        return SweepSettings(
             data=self.data,
             data_dir=self.data_dir,
             width=self.width,
-            depths=(self.depth,),
-            parametrizations=(DEPTH_MUP.name,),
-            activation=slopes(angle),
-            log2_lr=self.log2_lr,
+            depth=self.depth,
+            activation="{!r},{!r}".format(*slopes(angle)),
+            log2_lr={"low": low, "high": high, "step": 1.0},
             seeds=self.seeds,
             steps=self.steps,
             batch=self.batch,
@@ -109,7 +111,7 @@ class Family(DataStudy):
     @property
     def _grid(self) -> list[tuple[float, float]]:
         """(multiplier, log2 of the learning rate) of each member of a seed."""
-        return [(m, float(lr)) for m in self.multipliers for lr in self._training(RELU).grid]
+        return [(m, lr) for m in self.multipliers for lr in self._training(RELU).log2_lr]
 
     def jobs(self) -> list[Job]:
         return [
@@ -155,11 +157,15 @@ class Family(DataStudy):
     def _train(self, tick, angle: float, depth: int, grid: list[tuple[float, float]]) -> Arrays:
         """Every point of a grid with every seed, as one population: losses (seeds, grid), means over
         the last fifth of the steps."""
-        multiplier, log2_lr = np.tile(grid, (self.seeds, 1)).T
-        job = sweep.Job(DEPTH_MUP, depth, log2_lr, np.repeat(np.arange(self.seeds), len(grid)))
-        population = sweep.trainer(self._training(angle), job, self.dataset)
-        population.model.blocks.scale *= torch.from_numpy(multiplier).float()
-        while population.step < self.steps:
+        settings = self._training(angle)
+        (base,) = settings.log2_block_multiplier
+        network = Network(DEPTH_MUP.name, settings.activation[0], self.width, depth)
+        members = [Member(lr, base, 0.0, seed) for seed in range(self.seeds) for _, lr in grid]
+        population = trainer(settings, Population("", network, tuple(members)), self.dataset)
+        multipliers = [multiplier for multiplier, _ in grid] * self.seeds
+        # Afterwards, because a multiplier of 0 has no logarithm.
+        population.model.blocks.scale *= torch.tensor(multipliers)
+        while not population.done:
             population.train_step()
             tick(population.step / self.steps)
         losses = analysis.slice_losses(population.losses, analysis.slices(self.steps)[-1])

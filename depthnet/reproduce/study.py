@@ -16,7 +16,8 @@ import numpy as np
 from depthnet.data import Dataset, load
 from depthnet.report.machine import machine
 from depthnet.sweep.store import Store
-from depthnet.sweep.transfer import Interrupted, versions
+from depthnet.sweep.study import versions
+from depthnet.sweep.worker import Interrupted
 
 Arrays = dict[str, np.ndarray]
 

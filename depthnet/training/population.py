@@ -29,9 +29,12 @@ class PopulationTrainer:
         data: where batches come from.
         seeds: the stream of batches of each member; members with equal seeds see equal batches.
         batch_size: samples a member and step. steps: the number of steps in all.
+        drop_diverged: whether a member whose loss is not finite leaves the population, without a trace
+            on the others; the model then keeps the members `alive`.
 
     Attributes:
-        losses: float32 (steps, P), the mean cross-entropy of each batch; NaN where not yet trained.
+        losses: float32 (steps, P), the mean cross-entropy of each batch; NaN where not trained.
+        alive: int64 (members,), the places of the members that the model holds.
         step: steps done. seconds: time spent in each of SECTIONS.
     """
 
@@ -43,17 +46,26 @@ class PopulationTrainer:
         seeds: Sequence[int],
         batch_size: int,
         steps: int,
+        *,
+        drop_diverged: bool = False,
     ):
         if model.population != len(seeds):
             raise ValueError(f"seeds must have {model.population} entries, got {len(seeds)}")
         self.model, self.optimizer, self.data = model, optimizer, data
         self.batch_size, self.steps, self.step = batch_size, steps, 0
+        self.drop_diverged = drop_diverged
         self.device = model.output.weight.device
         self.streams = sorted(set(seeds))
         members = torch.tensor([self.streams.index(seed) for seed in seeds])
+        self.alive = torch.arange(len(seeds), device=self.device)
         self.members = members.to(self.device)
         self.losses = np.full((steps, len(seeds)), np.nan, np.float32)
         self.seconds = dict.fromkeys(SECTIONS, 0.0)
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to train: all steps are done, or every member has left."""
+        return self.step == self.steps or not len(self.alive)
 
     @contextmanager
     def _timed(self, section: str):
@@ -66,10 +78,13 @@ class PopulationTrainer:
     def _batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         batches = [self.data.batch(seed, self.step, self.batch_size) for seed in self.streams]
         x, y = (torch.stack(parts).to(self.device) for parts in zip(*batches, strict=True))
-        return x[self.members], y[self.members]
+        members = self.members[self.alive]
+        return x[members], y[members]
 
     def train_step(self) -> np.ndarray:
         """One step of every member; returns the losses (P,) of the batches before the update."""
+        if self.done:
+            raise RuntimeError(f"training is over, after {self.step} steps")
         with self._timed("data"):
             x, y = self._batch()
         with self._timed("forward"):
@@ -81,21 +96,35 @@ class PopulationTrainer:
             losses.sum().backward()
         with self._timed("optimizer"):
             self.optimizer.step()
-        self.losses[self.step] = losses.detach().float().cpu().numpy()
+        found = losses.detach().float().cpu().numpy()
+        self.losses[self.step, self.alive.cpu().numpy()] = found
         self.step += 1
+        if self.drop_diverged and not np.isfinite(found).all():
+            self._keep(torch.from_numpy(np.flatnonzero(np.isfinite(found))).to(self.device))
         return self.losses[self.step - 1]
+
+    def _keep(self, members: torch.Tensor) -> None:
+        self.alive = self.alive[members]
+        if len(members):
+            self.model.keep(members)
+            self.optimizer.keep(members)
 
     def state_dict(self) -> dict:
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": self.model.state_dict() if len(self.alive) else {},
+            "optimizer": self.optimizer.state_dict() if len(self.alive) else {},
+            "alive": self.alive.cpu(),
             "losses": torch.from_numpy(self.losses[: self.step].copy()),
             "seconds": dict(self.seconds),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Go on from a state_dict of the same population; this one must not have been trained yet."""
+        if len(state["alive"]) < len(self.alive):
+            self._keep(state["alive"].to(self.device))
+        if len(self.alive):
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
         self.step = len(state["losses"])
         self.losses[: self.step] = state["losses"].numpy()
         self.seconds = dict(state["seconds"])

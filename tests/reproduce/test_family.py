@@ -141,7 +141,7 @@ def test_the_command(tmp_path, capsys):
         ({"multipliers": ()}, "multipliers must be positive and ascending"),
         ({"gradient_seeds": 1}, "gradient_seeds must be at least 2, got 1"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
-        ({"log2_lr": (-7.0, -9.0)}, "log2_lr must be two numbers, the lower first"),
+        ({"log2_lr": (-7.0, -9.0)}, "log2_lr must have low at most high"),
     ],
 )
 def test_bad_settings(changes, message):

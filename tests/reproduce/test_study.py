@@ -19,7 +19,7 @@ from depthnet import cli
 from depthnet.cli.studies import run_study
 from depthnet.reproduce.registry import STUDIES, Entry
 from depthnet.reproduce.study import Findings, Job, Study, Verdict, run
-from depthnet.sweep.transfer import Interrupted
+from depthnet.sweep.worker import Interrupted
 
 
 @dataclass(frozen=True)
