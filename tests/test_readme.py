@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from depthnet.scaling import PRESETS
+from depthnet.sweep.study import SweepSettings, read_file
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,12 +21,18 @@ def test_the_example_runs_and_learns():
     assert scope["loss"].item() < 0.1
 
 
-@pytest.mark.parametrize("document", ["docs/theory.md", "docs/diagnostics.md"])
+@pytest.mark.parametrize("document", ["docs/theory.md", "docs/diagnostics.md", "docs/sweeps.md", "docs/tuning.md"])
 def test_examples_in_the_docs_run(document):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     assert blocks
     for code in blocks:
         exec(code, {})
+
+
+def test_the_study_file_in_the_docs_is_one(tmp_path):
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/sweeps.md").read_text(), re.DOTALL)
+    (tmp_path / "study.yaml").write_text(text)
+    assert SweepSettings(**read_file(tmp_path / "study.yaml")).planned == 2 * 2 * 3 * 9 * 3 * 2
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/parametrizations.md"])

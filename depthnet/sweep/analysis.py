@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -160,8 +160,7 @@ def interval(samples: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A point of the grid or search, which is trained with every seed."""
 
     log2_lr: float
@@ -251,9 +250,8 @@ def candidate_losses(
 ) -> tuple[list[Candidate], np.ndarray]:
     """The candidates that one network's trials tried, in order of their learning rate, and the losses of
     a slice, (seeds, candidates, steps): infinite if training diverged by its end, NaN if unknown."""
-    fields = ("log2_lr", "log2_block_multiplier", "weight_decay")
-    of = [Candidate(*(getattr(trial.member, field) for field in fields)) for trial in trials]
-    candidates = sorted(set(of), key=lambda c: (c.log2_lr, c.log2_block_multiplier, c.weight_decay))
+    of = [Candidate(*(getattr(trial.member, key) for key in Candidate._fields)) for trial in trials]
+    candidates = sorted(set(of))
     column = {candidate: index for index, candidate in enumerate(candidates)}
     losses = np.full((settings.seeds, len(candidates), part.end - part.start), np.nan, np.float32)
     for candidate, trial in zip(of, trials, strict=True):
@@ -280,62 +278,52 @@ def _profile(means: np.ndarray, column: np.ndarray, count: int) -> np.ndarray:
 
 def _at_edge(position: float, searched: Range) -> bool:
     margin = EDGE * (searched.high - searched.low)
-    return not searched.low + margin < position < searched.high - margin
+    return bool(position <= searched.low + margin or position >= searched.high - margin)
 
 
 def curves(trials: list[Trial], settings: SweepSettings, panel: Panel, part: Slice) -> list[Curve]:
     """The curves of a panel's networks that have a finished trial, in order of scale."""
-    searched = settings.log2_lr if isinstance(settings.log2_lr, Range) else None
-    own, base, scale = by_network(trials), base_scale(settings), scale_of(settings)
-    measured = []
+    searched = isinstance(settings.log2_lr, Range)
+    own, scale = by_network(trials), scale_of(settings)
+    measured = {}
     for network in panel.networks:
-        if network not in own:
-            continue
-        candidates, losses = candidate_losses(own[network], settings, part)
-        tried = np.array([candidate.log2_lr for candidate in candidates])
-        grid = np.unique(tried) if searched else np.array(settings.log2_lr)
-        column = np.abs(tried[:, None] - grid).argmin(1)
-        mean = _profile(seed_means(losses), column, len(grid))
-        drawn = _profile(_resampled(losses, SAMPLES, 0), column, len(grid))
-        measured.append((network, grid, mean, drawn))
-
-    tuned = next((each for each in measured if getattr(each[0], scale) == base), None)
+        if network in own:
+            candidates, losses = candidate_losses(own[network], settings, part)
+            tried = np.array([candidate.log2_lr for candidate in candidates])
+            grid = np.unique(tried) if searched else np.array(settings.log2_lr)
+            # The first curve is that of the seeds and steps as they are; the others are drawn.
+            means = np.concatenate([seed_means(losses)[None], _resampled(losses, SAMPLES, 0)])
+            column = np.abs(tried[:, None] - grid).argmin(1)
+            measured[getattr(network, scale)] = network, grid, _profile(means, column, len(grid))
+    tuned = None if searched else measured.get(base_scale(settings))
     found = []
-    for network, grid, mean, drawn in measured:
-        lowest, best = _lowest(mean)
-        drawn_lowest, drawn_best = _lowest(drawn)
+    for size, (network, grid, means) in measured.items():
+        lowest, best = _lowest(means)
         if searched:
-            at = Optimum(math.nan, False)
-            if math.isfinite(best):
-                at = Optimum(float(grid[lowest]), _at_edge(float(grid[lowest]), searched))
-            optima = np.where(np.isfinite(drawn_best), grid[drawn_lowest], np.nan)
-            regret, drawn_regret = math.nan, np.full(len(drawn), np.nan)
+            optima = np.where(np.isfinite(best), grid[lowest], np.nan)
+            at_edge = _at_edge(optima[0], settings.log2_lr)
         else:
-            at = optimum(grid, mean)
-            known = ~np.isnan(mean)
+            known = ~np.isnan(means[0])
             # A point that one sample does not have is never lowest in it.
-            optima = _minima(grid[known], np.where(np.isnan(drawn), np.inf, drawn)[:, known])
-            regret, drawn_regret = math.nan, np.full(len(drawn), np.nan)
-            if tuned is not None:
-                regret = float(_regret(tuned[2], mean))
-                drawn_regret = _regret(tuned[3], drawn)
-        band = np.array([interval(point) for point in drawn.T]).T
+            optima = _minima(grid[known], np.where(np.isnan(means), np.inf, means)[:, known])
+            at_edge = optimum(grid, means[0]).at_edge
+        regrets = np.full(len(means), np.nan) if tuned is None else _regrets(tuned[2], means)
         with np.errstate(invalid="ignore", divide="ignore"):
-            regrets = np.where(drawn_regret == 0, 0.0, drawn_regret / drawn_best)
+            relative = np.where(regrets == 0, 0.0, regrets / best)
         found.append(
             Curve(
-                scale=getattr(network, scale),
+                scale=size,
                 network=network,
                 log2_lr=grid,
-                mean=mean,
-                band=band,
-                optimum=at,
-                interval=interval(optima),
-                best=float(best),
-                regret=regret,
-                relative_regret=regret / float(best) if regret else regret,
-                optima=optima,
-                regrets=regrets,
+                mean=means[0],
+                band=np.array([interval(point) for point in means[1:].T]).T,
+                optimum=Optimum(float(optima[0]), at_edge),
+                interval=interval(optima[1:]),
+                best=float(best[0]),
+                regret=float(regrets[0]),
+                relative_regret=float(relative[0]),
+                optima=optima[1:],
+                regrets=relative[1:],
             )
         )
     return found
@@ -347,7 +335,7 @@ def _lowest(curve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return known.argmin(-1), known.min(-1)
 
 
-def _regret(tuned: np.ndarray, curve: np.ndarray) -> np.ndarray:
+def _regrets(tuned: np.ndarray, curve: np.ndarray) -> np.ndarray:
     """Loss of curves (..., G) where `tuned` is lowest, less their best; NaN where either has no best."""
     at, best_tuned = _lowest(tuned)
     best = _lowest(curve)[1]
@@ -408,7 +396,9 @@ def verdict(found: list[Curve], settings: SweepSettings, panel: Panel) -> Verdic
         drift_interval = interval(_slopes(np.array(scales), np.array([c.optima for c in found])))
     lost = [curve.scale for curve in found if curve.best == math.inf]
     at_edge = [curve.scale for curve in found if curve.optimum.at_edge]
+    searched = isinstance(settings.log2_lr, Range)
     measured = [curve for curve in found if not math.isnan(curve.relative_regret)]
+    untold = [] if searched else [c.scale for c in found if math.isnan(c.relative_regret)]
     worst = max(measured, key=lambda curve: curve.relative_regret, default=None)
     worst_regret = math.inf if lost else worst.relative_regret if worst else math.nan
     # The worst scale need not be the same one in every sample.
@@ -423,7 +413,7 @@ def verdict(found: list[Curve], settings: SweepSettings, panel: Panel) -> Verdic
     transfers: bool | None
     if lost or drifts or costs:
         transfers, answer = False, "does not transfer"
-    elif drifts is None or costs is None or at_edge or missing or len(found) == 1:
+    elif drifts is None or costs is None or at_edge or missing or untold or len(found) == 1:
         transfers, answer = None, "undecided"
     else:
         transfers, answer = True, "transfers"
@@ -450,10 +440,12 @@ def verdict(found: list[Curve], settings: SweepSettings, panel: Panel) -> Verdic
             f"the learning rate tuned at {scale} {base} costs at most {100 * worst_regret:.1f} % "
             f"[{low:.1f}, {high:.1f}] of the loss{where}{_around(costs, f'{100 * REGRET_LIMIT:g} %')}"
         )
-    elif len(found) > 1 and isinstance(settings.log2_lr, Range):
+    elif len(found) > 1 and searched:
         words.append("a search does not measure what an untuned learning rate costs")
+    if untold and not lost:
+        words.append(f"what it costs at {scale} {_join(untold)} is not known yet")
     if at_edge:
-        grid = "range" if isinstance(settings.log2_lr, Range) else "grid"
+        grid = "range" if searched else "grid"
         words.append(
             f"at {scale} {_join(at_edge)} the lowest point is at the edge of the {grid} and the optimum "
             "may lie beyond"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import time
 import warnings
 import zlib
@@ -56,7 +57,7 @@ def connect(url: str):
     with _failures(url), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if scheme == "journal":
-            return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(rest))
+            return optuna.storages.JournalStorage(_journal(rest))
         if scheme == "redis":
             return optuna.storages.JournalStorage(optuna.storages.journal.JournalRedisBackend(url))
         if scheme in ("postgres", "postgresql"):  # whichever driver an SQLAlchemy would prefer
@@ -65,6 +66,33 @@ def connect(url: str):
         # Workers on one machine wait for each other's writes to SQLite.
         options = {"connect_args": {"timeout": 60}} if scheme.startswith("sqlite") else {}
         return optuna.storages.RDBStorage(url, engine_kwargs=options)
+
+
+def _journal(path: str):
+    """Optuna's journal file, in which a line that a kill or a full disk cut off is removed before the next
+    one is written: together they would be a line that nobody can read."""
+    journal = optional_import("optuna.storages.journal", "sweep", "a sweep")
+
+    class Lock(journal.JournalFileSymlinkLock):
+        def acquire(self) -> bool:
+            super().acquire()
+            try:
+                _remove_cut_line(path)
+            except BaseException:
+                self.release()
+                raise
+            return True
+
+    return journal.JournalFileBackend(path, lock_obj=Lock(path))
+
+
+def _remove_cut_line(path: str) -> None:
+    with open(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if file.read() not in (b"", b"\n"):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 @contextmanager
@@ -177,7 +205,9 @@ class Ledger:
     def claims(self) -> dict[str, Claim]:
         """The valid claim of each job."""
         valid: dict[str, Claim] = {}
-        for entry in self._entries()[1:]:
+        for entry in self._entries():
+            if "job" not in entry:
+                continue  # a record: of the first worker, or of others that started beside it
             job, current = entry["job"], valid.get(entry["job"])
             if entry["after"] == (current and current.number):
                 valid[job] = Claim(job, entry["worker"], entry["number"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -19,7 +20,6 @@ from depthnet.sweep.study import (
     Job,
     Member,
     Network,
-    Range,
     SweepSettings,
     Trial,
     memory_bytes,
@@ -92,7 +92,8 @@ def _rounds(settings, data, network, finished) -> Iterator[tuple[Member, ...]]:
         return
     known: list[Trial] = []
     for number in range(math.ceil(settings.trials / settings.round)):
-        members = _members(settings, _suggestions(settings, network, number, known))
+        suggested = _suggestions(settings, network, number, _judged(settings, known))
+        members = _members(settings, suggested)
         yield members
         for job in _split(settings, data, network, number, members):
             if unfinished(job, finished):
@@ -120,42 +121,51 @@ def _split(settings, data, network, number, members) -> list[Job]:
     ]
 
 
-def _suggestions(settings, network, number, known) -> Iterator[tuple[float, float, float]]:
-    """The candidates of a round, as the TPE sampler suggests them after the trials `known`.
+Judged = tuple[tuple[tuple[float, ...], float], ...]  # candidates, each with its loss
+
+
+@lru_cache(maxsize=4096)  # workers ask again whenever a job is finished
+def _suggestions(
+    settings: SweepSettings, network: Network, number: int, judged: Judged
+) -> tuple[tuple[float, float, float], ...]:
+    """The candidates of a round, as the TPE sampler suggests them after those that are judged.
 
     The sampler starts anew for every round, seeded by its number, so that who stops and goes on gets the
     same ones.  Values that are no ranges are crossed with the suggestions.
     """
     optuna = optional_import("optuna", "sweep", "a sweep")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = {key: search_distribution(key, settings) for key in settings.searched}
     seed = zlib.crc32(f"{network.name} {number}".encode())
     study = optuna.create_study(
         sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True), direction="minimize"
     )
-    study.add_trials(_judged(optuna, settings, distributions, known))
-    left = settings.trials - number * settings.round
-    for _ in range(min(settings.round, left)):
-        suggested = study.ask(distributions).params
-
-        def values(key, suggested=suggested):
-            own = getattr(settings, key)
-            return (suggested[key],) if isinstance(own, Range) else own
-
-        yield from product(*map(values, ("log2_block_multiplier", "weight_decay", "log2_lr")))
-
-
-def _judged(optuna, settings, distributions, known: list[Trial]):
-    """Each candidate once, judged by its mean over seeds, diverged if any seed did."""
-    candidates: dict[tuple, list[float]] = {}
-    for trial in known:
-        params = tuple(getattr(trial.member, key) for key in distributions)
-        candidates.setdefault(params, []).append(final_loss(trial.losses))
     state = optuna.trial.TrialState
-    for params, losses in candidates.items():
-        mean = float(np.mean(losses))
-        yield optuna.trial.create_trial(
-            state=state.COMPLETE if math.isfinite(mean) else state.PRUNED,
-            value=mean if math.isfinite(mean) else None,
-            params=dict(zip(distributions, params, strict=True)),
-            distributions=distributions,
+    for params, loss in judged:
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=state.COMPLETE if math.isfinite(loss) else state.PRUNED,
+                value=loss if math.isfinite(loss) else None,
+                params=dict(zip(distributions, params, strict=True)),
+                distributions=distributions,
+            )
         )
+    found = []
+    for _ in range(min(settings.round, settings.trials - number * settings.round)):
+        suggested = study.ask(distributions).params
+        values = [
+            (suggested[key],) if key in suggested else getattr(settings, key)
+            for key in ("log2_block_multiplier", "weight_decay", "log2_lr")
+        ]
+        found += product(*values)
+    return tuple(found)
+
+
+def _judged(settings: SweepSettings, known: list[Trial]) -> Judged:
+    """Each candidate once, judged by its mean over seeds; infinite if any seed diverged."""
+    candidates: dict[tuple[float, ...], list[float]] = {}
+    for trial in known:
+        params = tuple(getattr(trial.member, key) for key in settings.searched)
+        loss = final_loss(trial.losses)
+        candidates.setdefault(params, []).append(math.inf if math.isnan(loss) else loss)
+    return tuple((params, float(np.mean(losses))) for params, losses in candidates.items())

@@ -114,10 +114,10 @@ class Worker:
             with _Heart(self):
                 while (job := self._next_job()) is not None:
                     yield from self._train(job)
-            self._tidy()
         finally:
+            # The file stays: where the storage could not be told that this worker has stopped, it tells.
             self._lock.close()
-            self._lock_path(self.name).unlink(missing_ok=True)
+        self._tidy()
 
     # ---- which job ----
 
@@ -186,22 +186,24 @@ class Worker:
         except (StorageError, Interrupted):
             self._save(job, population)
             raise
-        self._checkpoint(job).unlink(missing_ok=True)
         if trials is not None:
+            self._checkpoint(job).unlink(missing_ok=True)
             yield job, trials
 
     def _write(self, job: Job, population: PopulationTrainer) -> list[Trial] | None:
         """Keep the trials of a job that is trained; None if another worker has taken the job over."""
-        holder = self.ledger.claims()[job.name].worker
-        if holder != self.name:
-            self.log(f"{job.name} was taken over by {holder}: this worker was silent for too long")
-            return None
-        there = self.ledger.finished().get(job.name, {})
         flops = plan.step_flops(job.network, self.settings, self.data)
         steps_of = [_steps(losses) for losses in population.losses.T]
         seconds = sum(population.seconds.values()) / max(1, sum(steps_of))
         for index, member in enumerate(job.members):
-            if index in there:
+            # Asked every time: this process may have been suspended since the last.
+            holder = self.ledger.claims()[job.name].worker
+            if holder != self.name:
+                self.log(
+                    f"{job.name} was taken over by {holder}: this worker was silent for too long"
+                )
+                return None
+            if index in self.ledger.finished().get(job.name, {}):
                 continue  # this worker, or the one before it, was stopped while it wrote
             losses, steps = population.losses[:, index].copy(), steps_of[index]
             losses[steps:] = np.nan
@@ -231,10 +233,9 @@ class Worker:
     def _tidy(self) -> None:
         """Remove what a finished study needs no more: other workers may have left it."""
         for path in (self.out / "checkpoints").glob("*.pt"):
-            with reading(path):
-                own = torch.load(path, weights_only=True)["study"] == self.study_digest
-            if own:
-                path.unlink(missing_ok=True)
+            with suppress(Exception):  # gone, or nothing that can be read: then it is not ours
+                if torch.load(path, weights_only=True, mmap=True)["study"] == self.study_digest:
+                    path.unlink()
         for path in (self.out / "workers").glob("*.lock"):
             if _free(path):
                 path.unlink(missing_ok=True)
@@ -267,6 +268,7 @@ class Worker:
             try:
                 return call()
             except StorageError as error:
+                self.silence.clear()  # nobody could say anything
                 if time.monotonic() > until:
                     raise
                 if not told:

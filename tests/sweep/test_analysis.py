@@ -269,6 +269,19 @@ def test_missing_trials_are_left_out():
     assert summary["networks"]["ode-abs-n64-L32"]["finished"] == 0
 
 
+def test_an_unknown_cost_decides_nothing():
+    at = (-8.6, -8.4)  # on two sides of -8.5: -9 and -8 are the best of the grid
+    trials = parabolas(
+        settings(depth=(8, 16)),
+        lambda network: at[network.depth // 16],
+        finished=lambda n, m: n.depth == 8 or m.log2_lr != -9,
+    )
+    verdict = judged(trials, settings(depth=(8, 16)))
+    assert abs(verdict.drift) <= analysis.DRIFT_LIMIT
+    assert verdict.transfers is None
+    assert "what it costs at depth 16 is not known yet" in verdict.words
+
+
 @pytest.mark.parametrize("depth", [8, 32])
 def test_one_trial_only(depth):
     trials = parabolas(settings(), drifting(0))
