@@ -218,6 +218,7 @@ setup(
     package_data={
         "depthnet": ["py.typed"],
         "depthnet.kernels": ["tiles.json"],
+        "depthnet.report": ["*.jinja"],
         "depthnet.csrc": ["*.cpp", "*/*.cpp", "*/*.cu", "*/*.h"],
     },
     ext_modules=[native, cuda],

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from depthnet._checks import optional_import
-from depthnet.sweep.store import replacing
+from depthnet._files import replacing
 
 # Letters as outlines look the same everywhere; equal figures give equal files.
 SVG = {"svg.fonttype": "path", "svg.hashsalt": "depthnet"}

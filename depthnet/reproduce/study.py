@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from depthnet.data import Dataset, load
+from depthnet.report.files import write_figure, write_json, write_rows
 from depthnet.report.machine import machine
-from depthnet.sweep.store import Store
+from depthnet.reproduce.store import Store
 from depthnet.sweep.study import versions
 from depthnet.sweep.worker import Interrupted
 
@@ -137,19 +138,19 @@ def run(
             progress(job.name, done / total)
         findings = study.findings(results)
         seconds = sum(float(arrays["seconds"]) for arrays in results.values())
-        _write(study, findings, seconds, store)
+        _write(study, findings, seconds, store.out)
     return findings
 
 
-def _write(study: Study, findings: Findings, seconds: float, store: Store) -> None:
-    store.write_rows("results.csv", findings.rows)
+def _write(study: Study, findings: Findings, seconds: float, out: Path) -> None:
+    write_rows(out / "results.csv", findings.rows)
     summary = {
         "title": study.title,
-        "settings": json.loads((store.out / "settings.json").read_text()),
+        "settings": json.loads((out / "settings.json").read_text()),
         "machine": machine(),
         "seconds": round(seconds, 1),
         "verdicts": [asdict(verdict) for verdict in findings.verdicts],
         "notes": findings.notes,
     }
-    store.write_json("summary.json", summary)
-    store.write_figure(f"{study.name}.png", findings.figure)
+    write_json(out / "summary.json", summary)
+    write_figure(out / f"{study.name}.png", findings.figure)

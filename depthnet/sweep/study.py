@@ -321,7 +321,8 @@ def from_record(record: Mapping[str, Any]) -> SweepSettings:
 
 def record(settings: SweepSettings, data: Dataset) -> dict[str, Any]:
     """What must be equal for a study to go on: the settings, the data and the software, JSON-able."""
-    return {**asdict(settings), "source": data.source, "versions": versions()}
+    software = {**versions(), "optuna": version("optuna")}
+    return {**asdict(settings), "source": data.source, "versions": software}
 
 
 def versions() -> dict[str, str]:
@@ -330,7 +331,6 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "optuna": version("optuna"),
         "depthnet": version("depthnet"),
         "backend": dispatch.choice(),
     }

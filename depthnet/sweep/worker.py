@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from depthnet._files import reading, replacing
 from depthnet.data import Dataset
 from depthnet.sweep import plan
 from depthnet.sweep.ledger import Claim, Ledger, StorageError
 from depthnet.sweep.population import trainer
-from depthnet.sweep.store import reading, replacing
 from depthnet.sweep.study import Job, Trial
 from depthnet.training.population import PopulationTrainer
 
