@@ -28,6 +28,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 PER_ISA = [
     "csrc/cpu/residual.cpp",
     "csrc/cpu/stack.cpp",
+    "csrc/cpu/linear.cpp",
     "csrc/cpu/optimizer.cpp",
     "csrc/cpu/peak.cpp",
 ]

@@ -6,7 +6,9 @@
 #include <chrono>
 #include <vector>
 
+#include "cpu/embedding.h"
 #include "cpu/kernels.h"
+#include "cpu/linear_driver.h"
 #include "cpu/optimizer_driver.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
@@ -110,6 +112,38 @@ void residual_stack_backward(int dtype, int64_t members, int64_t depth, int64_t 
   stack_backward(selected->residual_stack[dtype], s, threads);
 }
 
+// c = a b in every member, of float (dtype 0) or double (1); see Product.
+void linear(int dtype, int64_t members, int64_t rows, int64_t columns, int64_t depth, uintptr_t a,
+            int64_t a_member, int64_t a_row, int64_t a_step, uintptr_t b, int64_t b_member, int64_t b_step,
+            int64_t b_column, uintptr_t c, int threads) {
+  const Product p = {members,  rows,   columns,  depth, address<const void>(a), a_member, a_row, a_step,
+                     address<const void>(b), b_member, b_step, b_column, address<void>(c)};
+  const int64_t bytes = members * rows * columns * (dtype == 0 ? 4 : 8);
+  py::gil_scoped_release nogil;
+  prefer_huge_pages(p.c, bytes);
+  multiply(selected->product[dtype], p, threads);
+}
+
+// Whether all indices are in range.
+bool embedding_sum_forward(int dtype, int64_t members, int64_t rows, int64_t active, int64_t features,
+                           int64_t n, uintptr_t index, int64_t index_member, uintptr_t table, uintptr_t y,
+                           int threads) {
+  const Embedding e = {members, rows, active, features, n, address<const int64_t>(index), index_member};
+  py::gil_scoped_release nogil;
+  return dtype == 0 ? embedding_forward(e, address<const float>(table), address<float>(y), threads)
+                    : embedding_forward(e, address<const double>(table), address<double>(y), threads);
+}
+
+void embedding_sum_backward(int dtype, int64_t members, int64_t rows, int64_t active, int64_t features,
+                            int64_t n, uintptr_t index, int64_t index_member, uintptr_t grad,
+                            uintptr_t table_grad, int threads) {
+  const Embedding e = {members, rows, active, features, n, address<const int64_t>(index), index_member};
+  py::gil_scoped_release nogil;
+  prefer_huge_pages(address<void>(table_grad), members * features * n * (dtype == 0 ? 4 : 8));
+  if (dtype == 0) embedding_backward(e, address<const float>(grad), address<float>(table_grad), threads);
+  else embedding_backward(e, address<const double>(grad), address<double>(table_grad), threads);
+}
+
 // `count` rows of StepTensor, scales (3, slices) and the rows of StepGroup that they refer to.
 void optimizer_step(const std::string& rule, uintptr_t tensors, int64_t count, uintptr_t scales,
                     int64_t slices, uintptr_t groups, double grad_scale, double max_norm, int threads) {
@@ -149,6 +183,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("residual_backward", &residual_backward);
   m.def("residual_stack_forward", &residual_stack_forward);
   m.def("residual_stack_backward", &residual_stack_backward);
+  m.def("linear", &linear);
+  m.def("embedding_sum_forward", &embedding_sum_forward);
+  m.def("embedding_sum_backward", &embedding_sum_backward);
   m.def("optimizer_step", &optimizer_step);
   m.def("describe", &describe);
   m.def("describe_step", &describe_step);

@@ -2,6 +2,7 @@
 
 from depthnet._activations import ACTIVATIONS, slopes
 from depthnet.kernels.dispatch import BackendStatus, backends, use_backend
+from depthnet.kernels.linear import embedding_sum, linear
 from depthnet.kernels.optimizer import adamw_step_, sgd_step_
 from depthnet.kernels.planning import Plan, plan
 from depthnet.kernels.residual import scaled_residual
@@ -13,6 +14,8 @@ __all__ = [
     "Plan",
     "adamw_step_",
     "backends",
+    "embedding_sum",
+    "linear",
     "plan",
     "residual_stack",
     "scaled_residual",

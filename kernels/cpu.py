@@ -9,6 +9,17 @@ from depthnet.kernels.native import _C, MISSING
 from depthnet.kernels.reference import sign_bytes, stream_dtype
 from depthnet.kernels.step import DTYPES, StepTables
 
+OPS = {  # the operators, and the dtypes that their kernels are for
+    "embedding_sum": (torch.float32, torch.float64),
+    "embedding_sum_backward": (torch.float32, torch.float64),
+    "linear": (torch.float32, torch.float64),
+    "optimizer_step_": tuple(DTYPES),
+    "residual_stack": tuple(DTYPES),
+    "residual_stack_backward": tuple(DTYPES),
+    "scaled_residual": tuple(DTYPES),
+    "scaled_residual_backward": tuple(DTYPES),
+}
+
 
 def missing() -> list[str]:
     """Why nothing can run here; empty if something can."""
@@ -18,11 +29,14 @@ def missing() -> list[str]:
 def unsupported(op: str, *tensors: Tensor) -> list[str]:
     """Why `op` cannot run here on these tensors; empty if it can."""
     reasons = missing()
-    if op not in globals():
+    if op not in OPS:
         reasons.append(f"{op} has no native CPU kernel yet")
     for tensor in tensors:
         if tensor.device.type != "cpu":
             reasons.append(f"a tensor is on {tensor.device}")
+            break
+        if op in OPS and tensor.dtype not in OPS[op]:
+            reasons.append(f"{op} has no native CPU kernel for {tensor.dtype}")
             break
     return reasons
 
@@ -131,6 +145,47 @@ def residual_stack_backward(
 
 def _layers(weight: Tensor) -> tuple[int, int, int]:
     return weight.data_ptr(), weight.stride(0), weight.stride(1)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    weight = weight if 1 in weight.stride()[1:] else weight.contiguous()
+    y = torch.empty(*x.shape[:2], weight.shape[1], dtype=x.dtype)
+    member, column, step = weight.stride()
+    _C.linear(
+        *(DTYPES[x.dtype], *y.shape, x.shape[2], x.data_ptr(), *x.stride()),
+        *(weight.data_ptr(), member, step, column, y.data_ptr(), torch.get_num_threads()),
+    )
+    return y
+
+
+def embedding_sum(index: Tensor, weight: Tensor) -> Tensor:
+    weight, y = (
+        weight.contiguous(),
+        torch.empty(*index.shape[:2], weight.shape[2], dtype=weight.dtype),
+    )
+    sizes, index = _embedding(index, weight.shape)
+    addresses = *_block(index), weight.data_ptr(), y.data_ptr()
+    if not _C.embedding_sum_forward(
+        DTYPES[weight.dtype], *sizes, *addresses, torch.get_num_threads()
+    ):
+        raise IndexError(f"index must hold indices of features, from 0 to {weight.shape[1] - 1}")
+    return y
+
+
+def embedding_sum_backward(grad: Tensor, index: Tensor, features: int) -> Tensor:
+    grad = grad.contiguous()
+    out = torch.empty(len(grad), features, grad.shape[2], dtype=grad.dtype)
+    sizes, index = _embedding(index, out.shape)
+    addresses = *_block(index), grad.data_ptr(), out.data_ptr()
+    _C.embedding_sum_backward(DTYPES[grad.dtype], *sizes, *addresses, torch.get_num_threads())
+    return out
+
+
+def _embedding(index: Tensor, table: torch.Size) -> tuple[tuple, Tensor]:
+    """Sizes, and the index with contiguous members, of which all may be the same one."""
+    if index.stride()[1:] != (index.shape[2], 1):
+        index = index.contiguous()
+    return (*index.shape, *table[1:]), index
 
 
 def optimizer_step_(tables: StepTables) -> None:

@@ -88,6 +88,11 @@ def select(op: str, *tensors: Tensor, native_reasons: Sequence[str] = ()):
     raise RuntimeError(f"backend {_choice!r} was asked for and cannot run {op}:{reasons}")
 
 
+def runs_native(op: str, *tensors: Tensor) -> bool:
+    """Whether a native kernel takes the place of what torch has for `op`."""
+    return _choice in ("auto", "cpu") and not cpu.unsupported(op, *tensors)
+
+
 _library = torch.library.Library("depthnet", "DEF")
 
 
@@ -131,7 +136,7 @@ def register(schema: str, implementation, fake) -> None:
 
 
 def register_autograd(op: str, backward, setup_context) -> None:
-    """The gradient of `op`, whose own operator, `op`_backward, has none."""
+    """The gradient of `op`, which has itself none if it is an operator of its own, `op`_backward."""
 
     def refuse(ctx, *grads):
         raise RuntimeError(f"depthnet.kernels.{op} cannot be differentiated twice")
@@ -139,7 +144,8 @@ def register_autograd(op: str, backward, setup_context) -> None:
     torch.library.register_autograd(
         f"depthnet::{op}", backward, setup_context=setup_context, lib=_library
     )
-    torch.library.register_autograd(f"depthnet::{op}_backward", refuse, lib=_library)
+    if f"{op}_backward" in _eager:
+        torch.library.register_autograd(f"depthnet::{op}_backward", refuse, lib=_library)
     run = _eager[op].run
 
     class Function(torch.autograd.Function):

@@ -101,6 +101,39 @@ def scaled_residual_backward(
     return (u * slope(unpack_signs(signs, grad.shape[-1]), p, q, dtype)).to(grad.dtype)
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T for x (P, rows, in) and weight (P, out, in)."""
+    return x @ weight.mT
+
+
+def embedding_sum(index: Tensor, weight: Tensor) -> Tensor:
+    """The sum of the rows of weight (P, features, n) that index, int64 (P, rows, active), names."""
+    members, features, n = weight.shape
+    if members > 1:
+        # Beyond them lie the rows of the next member.  Asynchronous: no wait for a GPU.
+        torch._assert_async(
+            ((index >= 0) & (index < features)).all(),
+            f"index must hold indices of features, from 0 to {features - 1}",
+        )
+    rows = _table_rows(index, features).flatten(0, 1)
+    sums = torch.nn.functional.embedding_bag(rows, weight.reshape(-1, n), mode="sum")
+    return sums.view(*index.shape[:2], n)
+
+
+def embedding_sum_backward(grad: Tensor, index: Tensor, features: int) -> Tensor:
+    """The gradient of the weight: row by row the sum of the gradients of where it was added."""
+    members, _, n = grad.shape
+    rows = _table_rows(index, features).flatten()
+    each = grad[:, :, None].expand(*index.shape, n).reshape(-1, n)
+    table = grad.new_zeros(members * features, n)
+    return table.index_add_(0, rows, each).view(members, features, n)
+
+
+def _table_rows(index: Tensor, features: int) -> Tensor:
+    """Where the features lie when the tables of all members are one."""
+    return index + features * torch.arange(len(index), device=index.device)[:, None, None]
+
+
 def residual_stack(
     x: Tensor,
     weight: Tensor,

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import optuna
 import torch
 
 from depthnet import cli
@@ -31,7 +32,9 @@ CONTEXT.set_forkserver_preload(
 )
 
 MOMENTS = {
+    "create": (optuna, "create_study"),
     "step": (PopulationTrainer, "train_step"),
+    "half a save": (torch, "save"),
     "save": (worker.Worker, "_save"),
     "claim": (ledger.Ledger, "claim"),
     "append": (ledger.Ledger, "_append"),
@@ -42,7 +45,7 @@ MOMENTS = {
 class WorkerProcess:
     """`depthnet sweep run ARGUMENTS` as a process; what it prints is its `log`.
 
-    at: (moment, count, signal) sends the process a signal after the count-th of one of MOMENTS.
+    at: (moment, count, signal) sends the process the signal after the count-th of one of MOMENTS.
     checkpoints: seconds between them. waits: grace and patience of the Worker. file_size: the limit
     of the system, in bytes. user: whom to run as.
     """

@@ -72,6 +72,23 @@ struct StackKernel {
   StackPass forward, backward_data, backward_weight;
 };
 
+// C = A B for `members` pairs of matrices of floats or doubles.  Strides are in elements; C is contiguous.
+struct Product {
+  int64_t members, rows, columns, depth;
+  const void* a;  // (members, rows, depth)
+  int64_t a_member, a_row, a_step;
+  const void* b;  // (members, depth, columns), of which steps or columns are neighbors
+  int64_t b_member, b_step, b_column;
+  void* c;             // (members, rows, columns)
+  int64_t shares = 1;  // the driver's: parts of the rows of a tile
+};
+
+// Handles the shares begin .. end of the tiles, `tile_columns` wide, of all members.
+struct ProductKernel {
+  int64_t tile_columns;
+  void (*run)(const Product&, int64_t begin, int64_t end);
+};
+
 // A run of elements of one tensor that share their constants: StepTensor's addresses, and the elements
 // begin .. end, which all have the same `element / 2^32`.
 struct StepRun {
@@ -100,6 +117,7 @@ struct Isa {
   const ResidualKernel* residual_forward;   // each an array over the dtypes
   const ResidualKernel* residual_backward;
   const StackKernel* residual_stack;
+  const ProductKernel* product;  // of float and double
   const AdamKernel* adam_step;
   const SgdKernel* sgd_step;
   const SquaresKernel* squares;
@@ -111,6 +129,7 @@ struct Isa {
   extern const ResidualKernel residual_forward[kDTypes];       \
   extern const ResidualKernel residual_backward[kDTypes];      \
   extern const StackKernel residual_stack[kDTypes];            \
+  extern const ProductKernel product[2];                       \
   extern const AdamKernel adam_step[kDTypes];                  \
   extern const SgdKernel sgd_step[kDTypes];                    \
   extern const SquaresKernel squares[kDTypes];                 \

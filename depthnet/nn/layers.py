@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from depthnet.kernels import embedding_sum, linear
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -54,7 +56,8 @@ class Linear(_Layer):
         super().__init__(out_features, in_features, std, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.mT
+        # Alone, a vendor's product may be faster; beside others a member's bits must not depend on them.
+        return x @ self.weight.mT if self.population is None else linear(x, self.weight)
 
 
 class EmbeddingSum(_Layer):
@@ -68,15 +71,4 @@ class EmbeddingSum(_Layer):
         super().__init__(in_features, out_features, std, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.population is not None:
-            features = self.weight.shape[1]
-            # Beyond them lie the rows of the next member.  Asynchronous: no wait for a GPU.
-            torch._assert_async(
-                ((x >= 0) & (x < features)).all(),
-                f"x must hold indices of features, from 0 to {features - 1}",
-            )
-            x = x + features * torch.arange(self.population, device=x.device)[:, None, None]
-        rows = nn.functional.embedding_bag(
-            x.flatten(0, -2), self.weight.view(-1, self.weight.shape[-1]), mode="sum"
-        )
-        return rows.view(*x.shape[:-1], -1)
+        return embedding_sum(x, self.weight)

@@ -223,6 +223,8 @@ class Worker:
 
     def _load(self, job: Job, population: PopulationTrainer) -> None:
         path = self._checkpoint(job)
+        for left in path.parent.glob(f".{path.name}.*"):  # by a worker that was killed as it saved
+            left.unlink(missing_ok=True)
         if path.exists():
             with reading(path):
                 checkpoint = torch.load(path, weights_only=True)

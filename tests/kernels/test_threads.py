@@ -164,12 +164,15 @@ def test_every_kernel_lets_other_python_threads_run(backend, monkeypatch):
         wanted = {
             f"residual{stack}_{way}" for stack in ("", "_stack") for way in ("forward", "backward")
         }
-        wanted |= {"optimizer_step"}
+        wanted |= {"linear", "embedding_sum_forward", "embedding_sum_backward", "optimizer_step"}
         deadline = time.monotonic() + 60
         while not wanted <= released and time.monotonic() < deadline:
             x, weight, g = inputs()
             run(x, weight, g)
             grads(lambda x, h: kernels.scaled_residual(x, h, 0.3), [x, g], g)
+            grads(kernels.linear, [x, weight[0]], g)
+            index = torch.randint(len(x), (300, 70))
+            grads(lambda x: kernels.embedding_sum(index, x), [x], g)  # noqa: B023
             weight.grad = torch.randn_like(weight)
             optim.AdamW([weight.requires_grad_()], lr=0.1).step()
         assert wanted <= released

@@ -144,8 +144,8 @@ def holders(url):
 
 @pytest.mark.parametrize(
     "at",
-    [("append", 1), ("append", 2), ("step", 1), ("step", 149), ("step", 150), ("save", 2),
-     ("write", 1), ("write", 4), ("write", MEMBERS), ("write", MEMBERS + 2)],
+    [("create", 1), ("append", 1), ("step", 1), ("step", STUDY["steps"]), ("half a save", 2),
+     ("save", 2), ("write", 4), ("write", MEMBERS + 2)],
     ids=lambda at: "-".join(map(str, at)),
 )  # fmt: skip
 def test_resume_after_a_kill(at, start, undisturbed, tmp_path):
@@ -154,7 +154,8 @@ def test_resume_after_a_kill(at, start, undisturbed, tmp_path):
     again = start()
     assert again.wait() == 0, again.printed
     assert_same(trials(sqlite(tmp_path / "out")), undisturbed)
-    assert not list((tmp_path / "out/checkpoints").iterdir())
+    for folder in ("checkpoints", "workers"):
+        assert not list((tmp_path / "out" / folder).iterdir())
 
 
 def test_resume_after_kills_at_ten_random_points(start, undisturbed, tmp_path):
@@ -193,6 +194,17 @@ def test_a_request_to_stop(number, start, undisturbed, tmp_path):
     assert_same(trials(sqlite(tmp_path / "out")), undisturbed)
 
 
+def test_a_journal_whose_last_line_was_cut_off(start, undisturbed, tmp_path):
+    """By a kill while it was written."""
+    journal = tmp_path / "journal"
+    killed = start(storage=f"journal:{journal}", at=("write", 3, signal.SIGKILL))
+    assert killed.wait() == -signal.SIGKILL
+    os.truncate(journal, journal.stat().st_size - 100)
+    again = start(storage=f"journal:{journal}")
+    assert again.wait() == 0, again.printed
+    assert_same(trials(f"journal:{journal}"), undisturbed)
+
+
 def test_a_search_is_the_same_after_kills(start, text, tmp_path, undisturbed_search):
     study = study_file(tmp_path, text, SEARCH)
     for at in (("step", 30), ("write", 6), ("step", 100)):
@@ -221,12 +233,16 @@ def test_two_workers_of_which_one_is_killed_and_started_again(
     assert_same(trials(postgresql), undisturbed)
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["one folder", "a folder each"])
-@pytest.mark.parametrize("storage", ["sqlite", "journal", "postgresql"])
+@pytest.mark.parametrize(
+    ("storage", "shared"),
+    [("sqlite", True), ("journal", False), ("postgresql", True), ("postgresql", False)],
+)
 def test_workers_that_start_at_once(storage, shared, start, request, tmp_path, undisturbed):
-    url = {"sqlite": f"sqlite:///{tmp_path}/db", "journal": f"journal:{tmp_path}/journal"}.get(
-        storage
-    ) or request.getfixturevalue("postgresql")
+    """On every storage."""
+    if storage == "postgresql":
+        url = request.getfixturevalue("postgresql")
+    else:
+        url = {"sqlite": f"sqlite:///{tmp_path}/db", "journal": f"journal:{tmp_path}/db"}[storage]
     workers = [start("out" if shared else f"out{index}", url) for index in range(3)]
     for worker in workers:
         assert worker.wait() == 0, worker.printed
@@ -243,16 +259,14 @@ def test_takeover_from_a_worker_of_another_machine(start, postgresql, undisturbe
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one folder", "a folder each"])
-@pytest.mark.parametrize(
-    "at", [("step", 60), ("save", 1), ("write", 3)], ids=lambda at: "-".join(map(str, at))
-)
+@pytest.mark.parametrize("at", [("step", 60), ("write", 3)], ids=["training", "writing"])
 def test_a_worker_taken_for_dead_comes_back(at, shared, start, postgresql, undisturbed):
     folders = ("out", "out") if shared else ("one", "other")
     sleeper = start(folders[0], postgresql, at=(*at, signal.SIGSTOP))
     sleeper.until_stopped()
     other = start(folders[1], postgresql, waits={"grace": 1.0})
     other.until_printed("is taken over from")
-    if at == ("write", 3):  # the other is done before the sleeper wakes
+    if at[0] == "write":  # the other has written all of it before the sleeper wakes
         assert other.wait() == 0, other.printed
     sleeper.signal(signal.SIGCONT)
     assert sleeper.wait() == 0, sleeper.printed
@@ -270,18 +284,6 @@ def test_two_workers_of_a_search(start, text, postgresql, tmp_path, undisturbed_
 
 
 # ---- storages ----
-
-
-@pytest.mark.parametrize("storage", ["journal", "postgresql"])
-def test_trials_are_the_same_in_every_storage(storage, start, request, tmp_path, undisturbed):
-    url = (
-        f"journal:{tmp_path}/journal"
-        if storage == "journal"
-        else request.getfixturevalue("postgresql")
-    )
-    worker = start(storage=url)
-    assert worker.wait() == 0, worker.printed
-    assert_same(trials(url), undisturbed)
 
 
 @pytest.mark.skipif(not shutil.which("redis-server"), reason="redis-server is not installed")
@@ -384,9 +386,8 @@ def small_disk():
     os.rmdir(folder)
 
 
-@pytest.mark.parametrize("storage", ["sqlite:///{}/study.db", "journal:{}/journal"])
-def test_a_full_disk_of_the_storage(storage, small_disk, start, undisturbed, tmp_path):
-    url = storage.format(small_disk)
+def test_a_full_disk_of_the_storage(small_disk, start, undisturbed):
+    url = f"sqlite:///{small_disk}/study.db"
     worker = start(storage=url, at=("step", 60, signal.SIGSTOP))
     worker.until_stopped()
     fill(small_disk)
@@ -399,7 +400,7 @@ def test_a_full_disk_of_the_storage(storage, small_disk, start, undisturbed, tmp
 
 @pytest.mark.parametrize("storage", ["sqlite:///{}/study.db", "journal:{}/journal"])
 def test_a_full_disk_of_the_storage_for_longer_than_patience(
-    storage, small_disk, start, undisturbed, tmp_path
+    storage, small_disk, start, undisturbed
 ):
     url = storage.format(small_disk)
     worker = start(storage=url, at=("step", 60, signal.SIGSTOP), waits={"patience": 1.0})
