@@ -47,7 +47,8 @@ class WorkerProcess:
 
     at: (moment, count, signal) sends the process the signal after the count-th of one of MOMENTS.
     checkpoints: seconds between them. waits: grace and patience of the Worker. file_size: the limit
-    of the system, in bytes. user: whom to run as.
+    of the system, in bytes. user: whom to run as. report: whether to write one at the end, which takes
+    longer than these studies themselves.
     """
 
     def __init__(self, *arguments, log: Path, **changes):
@@ -96,6 +97,7 @@ def _sweep_run(
     waits: dict[str, float] | None = None,
     file_size: int | None = None,
     user: int | None = None,
+    report: bool = False,
 ) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -106,6 +108,8 @@ def _sweep_run(
         _signal_at(*at)
     if waits is not None:
         worker.Worker = functools.partial(worker.Worker, **waits)
+    if not report:
+        cli.sweep._write_report = lambda *arguments: None
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     if user is not None:
