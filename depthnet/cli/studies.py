@@ -16,7 +16,9 @@ def run_study(study, out: str, *, must_hold: bool = False) -> int:
     """
     from depthnet.reproduce.study import run
     from depthnet.sweep.worker import Interrupted
+    from depthnet.training.memory import keep_freed_memory
 
+    keep_freed_memory()
     optional_import("matplotlib", "plot", "the picture of a study")
     terminal, started = console(), time.monotonic()
     terminal.print(f"[bold]{study.title}[/bold]", highlight=False)

@@ -133,7 +133,9 @@ def run_study(study, out: str, storage: str | None, tensorboard: str | None = No
     from depthnet.sweep.study import record
     from depthnet.sweep.tensorboard import log_trials
     from depthnet.sweep.worker import Interrupted, Worker
+    from depthnet.training.memory import keep_freed_memory
 
+    keep_freed_memory()
     data = load(study.data, study.data_dir)
     try:
         Path(out).mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ import numpy as np
 from depthnet._checks import optional_import
 from depthnet.sweep.study import Job, Member, Network, SweepSettings, Trial, from_record
 
-CHUNK = 50_000  # characters of an attribute: some databases take 65,535 bytes
+CHUNK = 50_000  # characters of losses in an attribute: some databases take 65,535 bytes
 
 
 class StorageError(RuntimeError):
@@ -246,7 +246,9 @@ class Ledger:
             "seconds": trial.seconds,
             "flops": trial.flops,
             "diverged_at": trial.diverged_at,
+            "losses": chunks[0],
         }
+        more = {f"losses {number}": chunk for number, chunk in enumerate(chunks[1:], 1)}
         values = {**described["network"], **described["member"]}
         value = final_loss(trial.losses)
         states = optuna.trial.TrialState
@@ -256,7 +258,7 @@ class Ledger:
             value=value if math.isfinite(value) else None,
             params={key: values[key] for key in self._distributions},
             distributions=self._distributions,
-            user_attrs={"trial": described, **{f"losses {i}": c for i, c in enumerate(chunks)}},
+            user_attrs={"trial": described, **more},
         )
         with _failures(self.url):
             self._study.add_trial(frozen)
@@ -288,8 +290,8 @@ def final_loss(losses: np.ndarray) -> float:
 
 def _decoded(attributes: Mapping[str, Any]) -> tuple[dict[str, Any], Trial]:
     described = attributes["trial"]
-    count = sum(key.startswith("losses ") for key in attributes)
-    packed = "".join(attributes[f"losses {i}"] for i in range(count))
+    more = sum(key.startswith("losses ") for key in attributes)
+    packed = described["losses"] + "".join(attributes[f"losses {i + 1}"] for i in range(more))
     losses = np.frombuffer(zlib.decompress(base64.b64decode(packed)), np.float32)
     return described, Trial(
         Network(**described["network"]),
@@ -302,19 +304,15 @@ def _decoded(attributes: Mapping[str, Any]) -> tuple[dict[str, Any], Trial]:
 
 
 def _distributions(settings: SweepSettings) -> dict[str, Any]:
-    """Optuna's distribution of each hyperparameter that varies in a study."""
+    """Optuna's distribution of each hyperparameter that varies in a study; a seed is none."""
     from optuna import distributions as kinds
 
     found: dict[str, Any] = {}
     for key in ("parametrization", "activation"):
         if len(getattr(settings, key)) > 1:
             found[key] = kinds.CategoricalDistribution(getattr(settings, key))
-    for key, values in (
-        ("width", settings.width),
-        ("depth", settings.depth),
-        ("seed", range(settings.seeds)),
-    ):
-        if len(values) > 1:
+    for key in ("width", "depth"):
+        if len(values := getattr(settings, key)) > 1:
             found[key] = kinds.IntDistribution(min(values), max(values))
     for key in ("log2_lr", "log2_block_multiplier", "weight_decay"):
         values = getattr(settings, key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import socket
@@ -195,15 +196,18 @@ class Worker:
         flops = plan.step_flops(job.network, self.settings, self.data)
         steps_of = [_steps(losses) for losses in population.losses.T]
         seconds = sum(population.seconds.values()) / max(1, sum(steps_of))
+        asked, there = -math.inf, {}
         for index, member in enumerate(job.members):
-            # Asked every time: this process may have been suspended since the last.
-            holder = self.ledger.claims()[job.name].worker
-            if holder != self.name:
-                self.log(
-                    f"{job.name} was taken over by {holder}: this worker was silent for too long"
-                )
-                return None
-            if index in self.ledger.finished().get(job.name, {}):
+            # Asked again after a pause: this process may have been suspended, and its job taken over.
+            if time.time() - asked > 1.0:
+                holder = self.ledger.claims()[job.name].worker
+                if holder != self.name:
+                    self.log(
+                        f"{job.name} was taken over by {holder}: this worker was silent for too long"
+                    )
+                    return None
+                there, asked = self.ledger.finished().get(job.name, {}), time.time()
+            if index in there:
                 continue  # this worker, or the one before it, was stopped while it wrote
             losses, steps = population.losses[:, index].copy(), steps_of[index]
             losses[steps:] = np.nan
