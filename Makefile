@@ -39,6 +39,7 @@ bench: $(VENV)/.run
 	$(BIN)/python bench/optimizer.py
 	$(BIN)/python bench/throughput.py $(ARGS)
 	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/sweep.py
 	$(BIN)/python bench/plot.py
 
 # The claims of the paper, measured: every study of `depthnet reproduce`, and docs/reproduction.md.

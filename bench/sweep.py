@@ -204,9 +204,9 @@ def main() -> None:
         ("depth", "populations, s", "eager loop, s", "ratio"),
         [(r["depth"], r["population_s"], r["loop_s_extrapolated"], r["ratio"]) for r in rows],
     )
+    print(f"\nStorage and checkpoints took {storage:.1f} s of {whole:.1f} s: {overhead:.1f} %.")
     print(
-        f"\nStorage and checkpoints took {storage:.1f} s of {whole:.1f} s: {overhead:.1f} %.  Training ran "
-        f"at {flops / 1e9 / training:.0f} GFLOP/s.  The study's file is {size / 1e6:.1f} MB."
+        f"Training ran at {flops / 1e9 / training:.0f} GFLOP/s; study.db has {size / 1e6:.1f} MB."
     )
     write_csv("sweep.csv", rows)
 

@@ -21,7 +21,9 @@ def test_the_example_runs_and_learns():
     assert scope["loss"].item() < 0.1
 
 
-@pytest.mark.parametrize("document", ["docs/theory.md", "docs/diagnostics.md", "docs/sweeps.md", "docs/tuning.md"])
+@pytest.mark.parametrize(
+    "document", ["docs/theory.md", "docs/diagnostics.md", "docs/sweeps.md", "docs/tuning.md"]
+)
 def test_examples_in_the_docs_run(document):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     assert blocks

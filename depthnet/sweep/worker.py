@@ -32,7 +32,7 @@ try:
 except ImportError:  # on Windows a dead worker is told by its silence only
     fcntl = None
 
-CHECKPOINT_SECONDS = 20.0
+CHECKPOINT_SECONDS = 30.0
 REPORT_SECONDS = 5.0
 GRACE_SECONDS = 60.0  # of silence, after which a worker is taken for dead
 PATIENCE_SECONDS = 60.0  # with a storage that fails, before the worker gives up

@@ -47,9 +47,7 @@ def test_members_have_their_own_bits(backend, active, shared, set_threads):
         x = x[:1].expand_as(x)
     target = torch.randn(MEMBERS, 20, 10)
     set_threads(1)
-    alone = [
-        gradients(build([m], active), x[m : m + 1], target[m : m + 1]) for m in range(MEMBERS)
-    ]
+    alone = [gradients(build([m], active), x[m : m + 1], target[m : m + 1]) for m in range(MEMBERS)]
     shuffled = torch.randperm(MEMBERS).tolist()
     for members in (shuffled[:1], shuffled[:7], shuffled):
         for threads in (1, 2):
