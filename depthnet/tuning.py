@@ -21,8 +21,8 @@ from depthnet.diagnostics.stream import find_blocks
 from depthnet.nn.resnet import ResidualStack
 from depthnet.optim import AdamW
 from depthnet.scaling import Parametrization, classify, param_groups
-from depthnet.sweep.analysis import (
-    DRIFT_LIMIT,
+from depthnet.sweep.analysis import DRIFT_LIMIT
+from depthnet.sweep.optima import (
     Slice,
     bootstrap_curves,
     interval,

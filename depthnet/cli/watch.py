@@ -82,7 +82,7 @@ class View:
         return table
 
     def _networks(self, trials):
-        from depthnet.sweep.ledger import final_loss
+        from depthnet.sweep.optima import final_loss
 
         settings = self.ledger.settings
         table = rich_table(title="networks", title_justify="left")

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from depthnet.sweep import analysis
+from depthnet.sweep import analysis, optima
 from depthnet.sweep.analysis import Curve, Panel
 from depthnet.sweep.study import Range, SweepSettings, Trial
 
 
-def last_slice(settings: SweepSettings) -> analysis.Slice:
+def last_slice(settings: SweepSettings) -> optima.Slice:
     """The slice that pictures and headlines are of."""
-    return analysis.slices(settings.steps)[-1]
+    return optima.slices(settings.steps)[-1]
 
 
 @dataclass(frozen=True)

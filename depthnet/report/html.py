@@ -13,7 +13,7 @@ from typing import Any
 from depthnet._checks import optional_import
 from depthnet.report import figures
 from depthnet.report.files import NO_METADATA, SVG
-from depthnet.sweep import analysis
+from depthnet.sweep import analysis, optima
 from depthnet.sweep.study import Range, SweepSettings, Trial
 
 # What a verdict's `transfers` is called, its sign and the class of its color.
@@ -91,13 +91,13 @@ def notes(summary: dict[str, Any], settings: SweepSettings) -> list[str]:
         found.append("What is not finished is left out.")
     if settings.seeds > 1:
         found.append(
-            f"Intervals are of 95 %, from {analysis.SAMPLES} resamplings of the {settings.seeds} seeds "
+            f"Intervals are of 95 %, from {optima.SAMPLES} resamplings of the {settings.seeds} seeds "
             "and of blocks of steps within each; where seeds differ much, few of them make intervals too "
             "short."
         )
     else:
         found.append(
-            f"Intervals are of 95 %, from {analysis.SAMPLES} resamplings of blocks of steps; of one seed, "
+            f"Intervals are of 95 %, from {optima.SAMPLES} resamplings of blocks of steps; of one seed, "
             "they do not tell what other seeds would give."
         )
     return found

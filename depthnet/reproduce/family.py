@@ -17,7 +17,7 @@ from depthnet.diagnostics.fits import mean_interval, standard_error
 from depthnet.nn import ResNet
 from depthnet.reproduce.study import Arrays, DataStudy, Findings, Job, Verdict
 from depthnet.scaling import Parametrization
-from depthnet.sweep import analysis
+from depthnet.sweep import optima
 from depthnet.sweep.population import trainer
 from depthnet.sweep.study import Job as Population
 from depthnet.sweep.study import Member, Network, SweepSettings
@@ -168,7 +168,7 @@ class Family(DataStudy):
         while not population.done:
             population.train_step()
             tick(population.step / self.steps)
-        losses = analysis.slice_losses(population.losses, analysis.slices(self.steps)[-1])
+        losses = optima.slice_losses(population.losses, optima.slices(self.steps)[-1])
         return {"losses": losses.reshape(self.seeds, len(grid))}
 
     def findings(self, results: dict[str, Arrays]) -> Findings:

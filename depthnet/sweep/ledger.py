@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from depthnet._checks import optional_import
+from depthnet.sweep.optima import final_loss
 from depthnet.sweep.study import Job, Member, Network, SweepSettings, Trial, from_record
 
 CHUNK = 50_000  # characters of losses in an attribute: some databases take 65,535 bytes
@@ -280,12 +281,6 @@ class Ledger:
         """Every finished trial, in the order of jobs and members."""
         jobs = self.finished()
         return [jobs[job][index] for job in sorted(jobs) for index in sorted(jobs[job])]
-
-
-def final_loss(losses: np.ndarray) -> float:
-    """What a trial is judged by: its mean loss over the last fifth of the steps; NaN if it diverged."""
-    fifth = max(1, len(losses) // 5)
-    return float(losses[-fifth:].mean(dtype=np.float64)) if np.isfinite(losses).all() else math.nan
 
 
 def _decoded(attributes: Mapping[str, Any]) -> tuple[dict[str, Any], Trial]:

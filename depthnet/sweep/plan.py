@@ -15,7 +15,8 @@ import numpy as np
 
 from depthnet._checks import optional_import
 from depthnet.data import Dataset
-from depthnet.sweep.ledger import final_loss, search_distribution
+from depthnet.sweep.ledger import search_distribution
+from depthnet.sweep.optima import final_loss
 from depthnet.sweep.study import (
     Job,
     Member,
@@ -166,6 +167,5 @@ def _judged(settings: SweepSettings, known: list[Trial]) -> Judged:
     candidates: dict[tuple[float, ...], list[float]] = {}
     for trial in known:
         params = tuple(getattr(trial.member, key) for key in settings.searched)
-        loss = final_loss(trial.losses)
-        candidates.setdefault(params, []).append(math.inf if math.isnan(loss) else loss)
+        candidates.setdefault(params, []).append(final_loss(trial.losses))
     return tuple((params, float(np.mean(losses))) for params, losses in candidates.items())

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from depthnet._checks import optional_import
-from depthnet.sweep.ledger import final_loss
+from depthnet.sweep.optima import final_loss
 from depthnet.sweep.study import Trial
 
 POINTS = 200  # of a curve; each is the mean of the steps that it stands for

@@ -56,9 +56,9 @@ class PopulationTrainer:
         self.drop_diverged = drop_diverged
         self.device = model.output.weight.device
         self.streams = sorted(set(seeds))
-        members = torch.tensor([self.streams.index(seed) for seed in seeds])
+        streams = torch.tensor([self.streams.index(seed) for seed in seeds])
+        self.members = streams.to(self.device)  # the stream of each member that is alive
         self.alive = torch.arange(len(seeds), device=self.device)
-        self.members = members.to(self.device)
         self.losses = np.full((steps, len(seeds)), np.nan, np.float32)
         self.seconds = dict.fromkeys(SECTIONS, 0.0)
 
@@ -78,8 +78,7 @@ class PopulationTrainer:
     def _batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         batches = [self.data.batch(seed, self.step, self.batch_size) for seed in self.streams]
         x, y = (torch.stack(parts).to(self.device) for parts in zip(*batches, strict=True))
-        members = self.members[self.alive]
-        return x[members], y[members]
+        return x.index_select(0, self.members), y.index_select(0, self.members)
 
     def train_step(self) -> np.ndarray:
         """One step of every member; returns the losses (P,) of the batches before the update."""
@@ -104,7 +103,7 @@ class PopulationTrainer:
         return self.losses[self.step - 1]
 
     def _keep(self, members: torch.Tensor) -> None:
-        self.alive = self.alive[members]
+        self.alive, self.members = self.alive[members], self.members[members]
         if len(members):
             self.model.keep(members)
             self.optimizer.keep(members)

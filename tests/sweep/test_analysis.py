@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sweep.trials import GRID, grid, parabolas, trial
 
-from depthnet.sweep import analysis
+from depthnet.sweep import analysis, optima
 from depthnet.sweep.study import Member, Network, Range, SweepSettings
 
 ARRAY = np.array(GRID)
@@ -13,7 +13,7 @@ ARRAY = np.array(GRID)
 
 def test_optimum_of_a_parabola_is_exact():
     for minimum in (-8.0, -7.7, -8.4):
-        found = analysis.optimum(ARRAY, 2 + 0.1 * (ARRAY - minimum) ** 2)
+        found = optima.optimum(ARRAY, 2 + 0.1 * (ARRAY - minimum) ** 2)
         assert found.log2_lr == pytest.approx(minimum)
         assert not found.at_edge
 
@@ -21,13 +21,13 @@ def test_optimum_of_a_parabola_is_exact():
 def test_optimum_on_an_uneven_grid_is_exact_near_the_lowest_point():
     uneven = np.array([-13.0, -11.0, -9.0, -8.0, -7.5, -7.0])
     for minimum in (-8.4, -8.1, -7.8):
-        assert analysis.optimum(uneven, (uneven - minimum) ** 2).log2_lr == pytest.approx(minimum)
+        assert optima.optimum(uneven, (uneven - minimum) ** 2).log2_lr == pytest.approx(minimum)
 
 
 def test_optimum_beside_a_cliff_uses_the_three_lowest_points():
     losses = 2 + 0.1 * (ARRAY + 7.2) ** 2
     losses[ARRAY > -7.5] = np.inf  # the lowest finite points are -8, -9, -10
-    found = analysis.optimum(ARRAY, losses)
+    found = optima.optimum(ARRAY, losses)
     assert found.log2_lr == -7.5  # kept within half a step of the lowest
     assert not found.at_edge
 
@@ -44,32 +44,32 @@ def test_optimum_beside_a_cliff_uses_the_three_lowest_points():
     ],
 )
 def test_optimum_without_a_parabola_is_the_lowest_point(losses, position, at_edge):
-    assert analysis.optimum(ARRAY, losses) == analysis.Optimum(position, at_edge)
+    assert optima.optimum(ARRAY, losses) == optima.Optimum(position, at_edge)
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 def test_no_optimum_without_a_finite_loss(value):
-    found = analysis.optimum(ARRAY, np.full(10, value))
+    found = optima.optimum(ARRAY, np.full(10, value))
     assert math.isnan(found.log2_lr)
     assert not found.at_edge
 
 
 def test_slices_and_divergence():
-    first, second, last = analysis.slices(10)
+    first, second, last = optima.slices(10)
     assert [(s.start, s.end) for s in (first, second, last)] == [(0, 5), (5, 10), (8, 10)]
     losses = np.ones((10, 4), np.float32)
     losses[6, 1] = np.nan
     losses[2, 2] = np.inf  # came back, but diverged on the way
     losses[:, 3] = np.arange(10)
-    assert analysis.slice_losses(losses, first).tolist() == [1, 1, math.inf, 2]
-    assert analysis.slice_losses(losses, last).tolist() == [1, math.inf, math.inf, 8.5]
+    assert optima.slice_losses(losses, first).tolist() == [1, 1, math.inf, 2]
+    assert optima.slice_losses(losses, last).tolist() == [1, math.inf, math.inf, 8.5]
 
 
 def test_resampled_means_have_the_mean_and_spread_of_a_two_stage_bootstrap():
     rng = np.random.default_rng(0)
     seeds, steps, blocks = 4, 50, 10
     losses = rng.normal(size=(seeds, 1, steps)) + rng.normal(size=(seeds, 1, 1))
-    drawn = analysis.bootstrap_curves(losses, samples=20000)[:, 0]
+    drawn = optima.bootstrap_curves(losses, samples=20000)[:, 0]
     per_block = losses.reshape(seeds, blocks, -1).mean(-1)
     between, within = per_block.mean(1).var(), per_block.var(1).mean()
     spread = math.sqrt(between / seeds + within / (seeds * blocks))
@@ -82,23 +82,23 @@ def test_resampling_is_the_same_for_all_networks_and_learning_rates():
     rng = np.random.default_rng(0)
     common = rng.normal(size=(3, 1, 23))
     offsets = np.arange(8.0).reshape(2, 1, 4, 1)
-    drawn = analysis.bootstrap_curves(common + offsets, samples=50)
+    drawn = optima.bootstrap_curves(common + offsets, samples=50)
     assert drawn.shape == (50, 2, 4)
     differences = drawn - drawn[:, :1, :1]
     np.testing.assert_allclose(differences, np.tile(np.arange(8.0).reshape(2, 4), (50, 1, 1)))
-    np.testing.assert_array_equal(analysis.bootstrap_curves((common + offsets)[1], 50), drawn[:, 1])
+    np.testing.assert_array_equal(optima.bootstrap_curves((common + offsets)[1], 50), drawn[:, 1])
 
 
 def test_what_is_not_finite_stays_so_in_every_sample():
     losses = np.ones((2, 3, 5))
     losses[0, 0, 4] = np.nan
     losses[1, 2] = np.inf
-    drawn = analysis.bootstrap_curves(losses, samples=20)
+    drawn = optima.bootstrap_curves(losses, samples=20)
     assert np.isinf(drawn[:, [0, 2]]).all()
     np.testing.assert_allclose(drawn[:, 1], 1)
 
 
-LAST = analysis.slices(20)[-1]
+LAST = optima.slices(20)[-1]
 
 
 def settings(**given) -> SweepSettings:
@@ -293,7 +293,7 @@ def test_one_trial_only(depth):
     assert "nan" not in verdict.words
     (curve,) = curves([only], settings())
     assert curve.best == pytest.approx(2.0)
-    assert curve.optimum == analysis.Optimum(-8.0, True)
+    assert curve.optimum == optima.Optimum(-8.0, True)
 
 
 def test_no_trials_give_empty_panels():
@@ -308,7 +308,7 @@ def test_no_trials_give_empty_panels():
 def test_intervals_cover_the_known_optimum_and_shift(seeds, apart, coverage):
     """`coverage` was measured with 500 studies; where seeds differ much and are few, it is below 95 %."""
     study = settings(depth=(8, 64), seeds=seeds, steps=100)
-    part = analysis.slices(100)[-1]
+    part = optima.slices(100)[-1]
     (panel,) = analysis.panels(study)
     covered, studies = np.zeros(2), 60
     for generator in range(1000, 1000 + studies):
