@@ -22,6 +22,7 @@ from common import argument_parser, print_machine, print_table, write_csv
 from torch import nn
 from torch.nn import functional
 
+from depthnet import _C
 from depthnet.data import NextByte, load
 from depthnet.scaling import Parametrization
 from depthnet.sweep.ledger import Ledger
@@ -29,6 +30,9 @@ from depthnet.sweep.population import BETAS, FIXED_LOG2_LR
 from depthnet.sweep.study import Member, Network, SweepSettings, record
 from depthnet.sweep.worker import Worker
 from depthnet.training.memory import keep_freed_memory
+
+PEAK_SECONDS = 0.1
+COLUMNS = ("depth", "population_s", "loop_s_extrapolated", "ratio", "fma_limit_s")
 
 
 class Eager(nn.Module):
@@ -148,6 +152,7 @@ def main() -> None:
     data = load(settings.data)
 
     samples = defaultdict(list)  # seconds a step of the loop, by depth
+    peaks = []  # FLOP/s of multiply-adds
     trained = defaultdict(float)  # seconds of training as populations
     sampling = 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -159,8 +164,9 @@ def main() -> None:
             trained[job.network.depth] += sum(trial.seconds for trial in trials)
             since = time.perf_counter()
             sample = eager_seconds(job.network, settings, data, args.sampled)
-            sampling += time.perf_counter() - since
             samples[job.network.depth].append(sample)
+            peaks.append(_C.fma_peak(PEAK_SECONDS, torch.get_num_threads()))
+            sampling += time.perf_counter() - since
         whole = time.perf_counter() - started - sampling
         trials = ledger.trials()
         size = Path(folder, "study.db").stat().st_size
@@ -174,7 +180,10 @@ def main() -> None:
             settings.steps if trial.diverged_at is None else trial.diverged_at + 1
         )
     loop = {depth: statistics.median(samples[depth]) * steps[depth] for depth in settings.depth}
-    flops = sum(trial.flops for trial in trials)
+    flops = defaultdict(float)
+    for trial in trials:
+        flops[trial.network.depth] += trial.flops
+    peak = statistics.median(peaks)
     diverged = sum(trial.diverged_at is not None for trial in trials)
     rows = [
         {
@@ -184,6 +193,7 @@ def main() -> None:
             "population_s": round(trained[depth], 2),
             "loop_s_extrapolated": round(loop[depth], 1),
             "ratio": round(loop[depth] / trained[depth], 2),
+            "fma_limit_s": round(flops[depth] / peak, 2),
         }
         for depth in settings.depth
     ]
@@ -195,19 +205,19 @@ def main() -> None:
             "population_s": round(whole, 2),
             "loop_s_extrapolated": round(sum(loop.values()), 1),
             "ratio": round(sum(loop.values()) / whole, 2),
+            "fma_limit_s": round(sum(flops.values()) / peak, 2),
         }
     )
     rows = [{**row, "storage_percent": round(overhead, 2)} for row in rows]
     print_table(
         f"{settings.planned} trials of {settings.steps} steps, {diverged} of them diverged and pruned; "
         "the loop is extrapolated from a sample",
-        ("depth", "populations, s", "eager loop, s", "ratio"),
-        [(r["depth"], r["population_s"], r["loop_s_extrapolated"], r["ratio"]) for r in rows],
+        ("depth", "populations, s", "eager loop, s", "ratio", "limit of the FMA units, s"),
+        [tuple(row[key] for key in COLUMNS) for row in rows],
     )
     print(f"\nStorage and checkpoints took {storage:.1f} s of {whole:.1f} s: {overhead:.1f} %.")
-    print(
-        f"Training ran at {flops / 1e9 / training:.0f} GFLOP/s; study.db has {size / 1e6:.1f} MB."
-    )
+    rate = sum(flops.values()) / 1e9 / training
+    print(f"Training ran at {rate:.0f} GFLOP/s; study.db has {size / 1e6:.1f} MB.")
     write_csv("sweep.csv", rows)
 
 
