@@ -317,26 +317,26 @@ def sweep() -> None:
     rows = read_csv("sweep.csv")[:-1]
     seconds = {
         "populations": [float(row["population_s"]) for row in rows],
-        "eager loop": [float(row["loop_s_extrapolated"]) for row in rows],
+        "eager loop (extrapolated)": [float(row["loop_s_extrapolated"]) for row in rows],
         "FMA limit": [float(row["fma_limit_s"]) for row in rows],
     }
     colours = {
         "populations": COLOURS["depthnet"],
-        "eager loop": COLOURS["eager"],
+        "eager loop (extrapolated)": COLOURS["eager"],
         "FMA limit": COLOURS["copy"],
     }
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
     grouped_bars(axis, [row["depth"] for row in rows], seconds, colours)
     for index, row in enumerate(rows):
         axis.annotate(f"{float(row['ratio']):.1f} x", (index, float(row["loop_s_extrapolated"])),
             ha="center", va="bottom")  # fmt: skip
     axis.set_yscale("log")
-    axis.set_ylim(top=2 * max(seconds["eager loop"]))
+    axis.set_ylim(top=2 * max(seconds["eager loop (extrapolated)"]))
     axis.set_xlabel("depth L")
     axis.set_ylabel(f"seconds of {rows[0]['trials']} trials")
     axis.legend(loc="upper left", frameon=False)
-    title = "A transfer study as populations and as a loop (extrapolated)\n"
+    title = "A transfer study as populations and as a loop"
     save(figure, title, rows[0], "sweep.png")
 
 
