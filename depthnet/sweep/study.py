@@ -321,7 +321,8 @@ def from_record(record: Mapping[str, Any]) -> SweepSettings:
 
 def record(settings: SweepSettings, data: Dataset) -> dict[str, Any]:
     """What must be equal for a study to go on: the settings, the data and the software, JSON-able."""
-    software = {**versions(), "optuna": version("optuna")}
+    optuna = optional_import("optuna", "sweep", "a sweep")
+    software = {**versions(), "optuna": optuna.__version__}
     return {**asdict(settings), "source": data.source, "versions": software}
 
 

@@ -88,9 +88,8 @@ class Worker:
         self.grace, self.patience = grace, patience
         self.host = socket.gethostname()
         self.name = f"{self.host}-{os.getpid()}-{secrets.token_hex(4)}"
-        self.silence: dict[
-            str, tuple[Any, float]
-        ] = {}  # each worker's last words and when they were new
+        # Each worker's last words, and when they were new.
+        self.silence: dict[str, tuple[Any, float]] = {}
         self.status: dict[str, Any] = {}
         digest = hashlib.sha256(json.dumps(ledger.record, sort_keys=True).encode())
         self.study_digest = digest.hexdigest()
