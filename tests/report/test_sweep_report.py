@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from report.browser import CHROMIUM, Page
-from sweep.trials import parabolas
+from trials import parabolas
 
 from depthnet.report import figures
 from depthnet.report import sweep as report

@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from sweep.trials import GRID, grid, parabolas, trial
+from trials import GRID, grid, parabolas, trial
 
 from depthnet.sweep import analysis, optima
 from depthnet.sweep.study import Member, Network, Range, SweepSettings
