@@ -47,14 +47,15 @@ class View:
             (settings.name, "bold"),
             f"  {len(trials)} of {settings.planned} trials, {diverged} diverged",
         )
-        return group(
-            head, self._bar(len(trials), settings.planned), self._workers(), self._networks(trials)
-        )
+        bar = self._bar(len(trials), settings.planned)
+        workers = [] if self.finished else [self._workers()]
+        return group(head, bar, *workers, self._networks(trials))
 
     @staticmethod
     def _bar(done: int, planned: int):
         bar = optional_import("rich.progress_bar", "cli", "the live view").ProgressBar
-        return bar(total=planned, completed=done, width=60)
+        padding = optional_import("rich.padding", "cli", "the live view").Padding
+        return padding(bar(total=planned, completed=done, width=60), (0, 0, 1, 0))
 
     def _workers(self):
         table = rich_table(title="workers", title_justify="left")

@@ -1,5 +1,6 @@
 """The commands `depthnet sweep` and `depthnet transfer`: files, words, exit statuses."""
 
+import io
 import json
 import re
 import subprocess
@@ -200,23 +201,33 @@ def test_tensorboard(study, tmp_path, capsys):
     assert sorted(path.name for path in logs.rglob("events*")) == before
 
 
-def test_the_live_view_shows_who_trains_what(study):
+def test_the_live_view_shows_who_trains_what(study, monkeypatch):
     from rich.console import Console
+
+    def shown(view):
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(view.render())
+        return flat(console.export_text())
 
     assert cli.main(["sweep", "run", study, "--depth", "2"]) == 0
     ledger = Ledger("sqlite:///runs/mine/study.db", "mine", None)
     status = {"doing": "training", "job": "ode-abs-n16-L9-r0-p0", "step": 7, "members": 24}
     ledger.report("host-1-abc", {**status, "alive": 20, "best": 1.25, "beat": 1})
     ledger.report("host-2-def", {"doing": "stopped"})
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     view = View(ledger)
-    console.print(view.render())
-    text = flat(console.export_text())
+    text = shown(view)
     assert "mine 48 of 48 trials, 0 diverged" in text
+    assert view.finished
+    assert "host-1-abc" not in text  # who trains what is over
+    assert re.search(r"depth_mup-abs-n16-L2 +24/24 +0", text)
+    every = ledger.trials()
+    monkeypatch.setattr(ledger, "trials", lambda: every[:-1])
+    text = shown(view)
+    assert "mine 47 of 48 trials" in text
+    assert not view.finished
     assert re.search(r"host-1-abc +ode-abs-n16-L9-r0-p0 +7/10 +20/24 +1.25 +0 s ago", text)
     assert "host-2-def" not in text
-    assert re.search(r"depth_mup-abs-n16-L2 +24/24 +0", text)
-    assert view.finished
+    assert re.search(r"ode-abs-n16-L2 +23/24 +0", text)
 
 
 def test_watching_in_a_terminal_ends_with_the_study(study, tmp_path):
