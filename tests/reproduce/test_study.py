@@ -186,13 +186,13 @@ def test_a_broken_result_is_named(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-@pytest.mark.parametrize("name", ["jobs/.size20.npz.tmp", ".results.csv.tmp", ".toy.png.tmp"])
+@pytest.mark.parametrize("name", ["jobs/.size20.npz", ".results.csv", ".toy.png"])
 def test_a_full_disk(tmp_path, name, capsys):
     """What is written beside its place goes to a device that is always full."""
     run(Toy(), tmp_path / "straight")
     out = tmp_path / "out"
     (out / "jobs").mkdir(parents=True)
-    (out / name).symlink_to("/dev/full")
+    (out / f"{name}.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(ValueError, match=r"cannot be written .*No space left on device"):
         run(Toy(), out)
     run(Toy(), out)
