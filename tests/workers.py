@@ -113,6 +113,7 @@ def _sweep_run(
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     if user is not None:
+        ledger.connect("sqlite://")  # imports what another user may not be able to read
         os.setgroups([])
         os.setgid(user)
         os.setuid(user)

@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import depthnet
 from depthnet._checks import integer, integers, number, one_of, optional_import
 from depthnet.data import Dataset
 from depthnet.kernels import dispatch, slopes
@@ -332,6 +332,6 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "depthnet": version("depthnet"),
+        "depthnet": depthnet.__version__,
         "backend": dispatch.choice(),
     }
