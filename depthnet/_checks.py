@@ -6,7 +6,7 @@ import difflib
 import importlib
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 def one_of(argument: str, value: object, choices: Iterable[str]) -> str:
@@ -41,6 +41,15 @@ def number(argument: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"{argument} must be a finite number, got {value!r}")
     return float(value)
+
+
+def differences(there: Mapping, now: Mapping) -> str:
+    """What differs between two records, a line a key; empty if nothing does."""
+    return "".join(
+        f"\n  {key}: {there.get(key)!r} there, {now.get(key)!r} now"
+        for key in {**there, **now}
+        if there.get(key) != now.get(key)
+    )
 
 
 def optional_import(module: str, extra: str, purpose: str):

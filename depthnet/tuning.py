@@ -26,6 +26,7 @@ from depthnet.sweep.optima import (
     Slice,
     bootstrap_curves,
     interval,
+    minima,
     optimum,
     slice_losses,
     slices,
@@ -454,7 +455,7 @@ def _curves(grid: np.ndarray, by_depth: dict[int, np.ndarray], part: Slice) -> d
         best = optimum(grid, own.mean(0))
         # Seeds and steps are drawn alike for every depth.
         sampled = bootstrap_curves(losses[..., part.start : part.end])
-        optima = np.array([optimum(grid, curve).log2_lr for curve in sampled])
+        optima = minima(grid, sampled)
         if not found:
             tuned, tuned_optima = best, optima
         low, high = np.array([interval(point) for point in sampled.T]).T

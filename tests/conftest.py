@@ -20,6 +20,13 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def cuda_on_host(tmp_path_factory):
     return compile_library(tmp_path_factory.mktemp("cuda"))

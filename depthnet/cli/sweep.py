@@ -199,10 +199,10 @@ def _write_report(ledger, out: Path, terminal) -> None:
     for panel in summary["panels"]:
         last = list(panel["slices"].values())[-1]
         terminal.print(text.Text.assemble((panel["name"], "bold"), f" {last['verdict']}."))
-    seconds = sum(trial.seconds for trial in trials)
-    flops = sum(trial.flops for trial in trials)
+    count = summary["trials"]
+    seconds, flops = count["seconds"], count["flops"]
     terminal.print(
-        f"{len(trials)} of {settings.planned} trials took {seconds:.0f} s of training, "
+        f"{count['finished']} of {count['planned']} trials took {seconds:.0f} s of training, "
         f"{flops / 1e9 / seconds:.3g} GFLOP/s. Report: {out / 'report.html'}",
         highlight=False,
         markup=False,

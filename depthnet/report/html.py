@@ -14,7 +14,7 @@ from depthnet._checks import optional_import
 from depthnet.report import figures
 from depthnet.report.files import NO_METADATA, SVG
 from depthnet.sweep import analysis, optima
-from depthnet.sweep.study import Range, SweepSettings, Trial
+from depthnet.sweep.study import Range, SweepSettings
 
 # What a verdict's `transfers` is called, its sign and the class of its color.
 CHIPS = {
@@ -25,7 +25,8 @@ CHIPS = {
 
 
 def render(
-    trials: list[Trial],
+    drawn: list[figures.Curves],
+    maps: list[list[figures.HeatMap]],
     settings: SweepSettings,
     summary: dict[str, Any],
     environment: dict[str, str],
@@ -34,8 +35,8 @@ def render(
     """The page.
 
     Args:
-        summary: of `write`. environment: what the study ran on. files: names of those
-            beside the page, which it links to.
+        drawn, maps: of figures.all_curves and figures.heat_maps. summary: of `write`.
+        environment: what the study ran on. files: names of those beside the page, which it links to.
     """
     jinja = optional_import("jinja2", "report", "the report of a sweep")
     templates = jinja.Environment(
@@ -49,15 +50,8 @@ def render(
         _panel(record, panel)
         for record, panel in zip(summary["panels"], analysis.panels(settings), strict=True)
     ]
-    curves = [
-        (figures.title(each.panel), figures.panel_figure(each, settings))
-        for each in figures.all_curves(trials, settings)
-    ]
-    maps = [
-        (each.title, figures.map_figure(each, settings))
-        for line in figures.heat_maps(trials, settings)
-        for each in line
-    ]
+    curves = [(figures.title(each.panel), figures.panel_figure(each, settings)) for each in drawn]
+    planes = [(each.title, figures.map_figure(each, settings)) for line in maps for each in line]
     return templates.get_template("report.html.jinja").render(
         settings=settings,
         question=figures.question(settings),
@@ -70,7 +64,7 @@ def render(
         parquet=summary["parquet"],
         curves=_inline(curves, "curve", jinja),
         curves_note=_curves_note(settings),
-        maps=_inline(maps, "map", jinja),
+        maps=_inline(planes, "map", jinja),
         regret_percent=f"{100 * analysis.REGRET_LIMIT:g}",
         costs=[
             *(_cost(name, cost) for name, cost in summary["networks"].items()),

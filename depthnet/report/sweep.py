@@ -64,7 +64,8 @@ def write(
         )
     write_json(out / "summary.json", summary)
     files.append("summary.json")
-    pictures = {"transfer": figures.curves_figure(figures.all_curves(trials, settings), settings)}
+    drawn = figures.all_curves(trials, settings)
+    pictures = {"transfer": figures.curves_figure(drawn, settings)}
     maps = figures.heat_maps(trials, settings)
     if maps:
         pictures["heatmap"] = figures.heat_figure(maps, settings)
@@ -72,7 +73,7 @@ def write(
         for kind in ("png", "svg"):
             write_figure(out / f"{name}.{kind}", picture)
             files.append(f"{name}.{kind}")
-    write_text(out / "report.html", html.render(trials, settings, summary, environment, files))
+    write_text(out / "report.html", html.render(drawn, maps, settings, summary, environment, files))
     return summary
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from depthnet._checks import differences
 from depthnet._files import reading, replacing
 from depthnet.report.files import write_text
 
@@ -66,14 +67,11 @@ class Store:
                 f"out: {self.out} holds jobs of a study, but {path} is not its settings; name another "
                 "folder"
             )
-        keys = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
-        if keys:
-            differences = "".join(
-                f"\n  {key}: {there.get(key)!r} there, {settings.get(key)!r} now" for key in keys
-            )
+        found = differences(there, settings)
+        if found:
             raise ValueError(
                 f"out: {self.out} holds a study with other settings; name another folder or remove "
-                f"it:{differences}"
+                f"it:{found}"
             )
 
     def finished(self, job: str) -> dict[str, np.ndarray] | None:

@@ -15,14 +15,14 @@ import os
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from depthnet._checks import optional_import
+from depthnet._checks import differences, optional_import
 from depthnet.sweep.optima import final_loss
 from depthnet.sweep.study import Job, Member, Network, SweepSettings, Trial, from_record
 
@@ -67,6 +67,18 @@ def connect(url: str):
         # Workers on one machine wait for each other's writes to SQLite.
         options = {"connect_args": {"timeout": 60}} if scheme.startswith("sqlite") else {}
         return optuna.storages.RDBStorage(url, engine_kwargs=options)
+
+
+def _connect_beside_others(url: str, attempts: int = 3):
+    """`connect`, again if it fails: others may be making the storage's tables."""
+    while True:
+        try:
+            return connect(url)
+        except StorageError:
+            attempts -= 1
+            if not attempts:
+                raise
+            time.sleep(0.5)
 
 
 def _journal(path: str):
@@ -149,7 +161,7 @@ class Ledger:
         optuna = optional_import("optuna", "sweep", "a sweep")
         self.url, self.name = url, name
         record = record and json.loads(json.dumps(record))
-        storage = _patiently(lambda: connect(url), attempts=3)  # others may be making its tables
+        storage = _connect_beside_others(url)
         with _failures(url):
             names = {study.study_name for study in storage.get_all_studies()}
         if record is None and not {name, _claims_of(name)} <= names:
@@ -180,14 +192,9 @@ class Ledger:
         if there is None:
             raise ValueError(f"study: {self.name!r} in {hide_password(self.url)} is no sweep's")
         if record is not None and there != record:
-            differences = "".join(
-                f"\n  {key}: {there.get(key)!r} there, {record.get(key)!r} now"
-                for key in {**there, **record}
-                if there.get(key) != record.get(key)
-            )
             raise ValueError(
                 f"study: {self.name!r} is there with other settings; choose another name or storage, "
-                f"or remove it:{differences}"
+                f"or remove it:{differences(there, record)}"
             )
         return there
 
@@ -324,14 +331,3 @@ def search_distribution(key: str, settings: SweepSettings):
 
     values = settings.searched[key]
     return FloatDistribution(values.low, values.high, log=key == "weight_decay" and values.low > 0)
-
-
-def _patiently(call: Callable[[], Any], attempts: int) -> Any:
-    for attempt in range(attempts):
-        try:
-            return call()
-        except StorageError:
-            if attempt == attempts - 1:
-                raise
-            time.sleep(0.5)
-    raise AssertionError

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 SAMPLES = 1000  # curves drawn for an interval
-BLOCKS = (
-    10  # of a slice's steps: losses of neighboring steps are not independent, blocks nearly are
-)
+# Of a slice's steps: losses of neighboring steps are not independent, those of blocks nearly are.
+BLOCKS = 10
 
 
 @dataclass(frozen=True)

@@ -208,8 +208,7 @@ class Worker:
                 there, asked = self.ledger.finished().get(job.name, {}), time.time()
             if index in there:
                 continue  # this worker, or the one before it, was stopped while it wrote
-            losses, steps = population.losses[:, index].copy(), steps_of[index]
-            losses[steps:] = np.nan
+            losses, steps = population.losses[:, index], steps_of[index]
             diverged_at = None if np.isfinite(losses).all() else steps - 1
             trial = Trial(job.network, member, losses, seconds * steps, flops * steps, diverged_at)
             self.ledger.write(job, index, trial)

@@ -30,13 +30,6 @@ def backend(request):
     yield from run_on(request)
 
 
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def plain_linear(x, weight):
     return x @ weight.mT
 

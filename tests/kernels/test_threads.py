@@ -13,13 +13,6 @@ from cases import cpu_isas, grads, native
 from depthnet import kernels, optim
 
 
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def inputs(lead=(), rows=300, n=70, depth=5, dtype=torch.float32):
     """x, weight and the gradient of the output: several panels of rows, several strips of columns."""
     x, g = (torch.randn(*lead, rows, n).to(dtype) for _ in range(2))

@@ -15,13 +15,6 @@ def backend(request):
     yield from run_on(request)
 
 
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def build(members, active):
     return ResNet(
         *(60, 24, 3, 10),
