@@ -194,7 +194,7 @@ def _write_report(ledger, out: Path, terminal) -> None:
 
     settings, trials = ledger.settings, ledger.trials()
     environment = {**ledger.record["versions"], **machine(settings.device.partition(":")[0])}
-    summary = report.write(trials, settings, settings.planned, environment, out)
+    summary = report.write(trials, settings, environment, out)
     terminal.print(report.table(summary))
     for panel in summary["panels"]:
         last = list(panel["slices"].values())[-1]

@@ -18,7 +18,6 @@ from depthnet.sweep.study import SweepSettings, Trial
 def write(
     trials: list[Trial],
     settings: SweepSettings,
-    planned: int,
     environment: dict[str, str],
     out: Path,
 ) -> dict[str, Any]:
@@ -28,7 +27,7 @@ def write(
     heatmap.png and .svg of a grid of several block multipliers and learning rates; report.html.
 
     Args:
-        trials: those that are finished, at least one. planned: how many there will be.
+        trials: those that are finished, at least one.
         environment: what to say of the machine and the software.
         out: the folder, which is made if it is missing.
 
@@ -50,7 +49,6 @@ def write(
         "environment": environment,
         **analysis.summarize(trials, settings),
     }
-    summary["trials"]["planned"] = planned
     files = ["results.csv"]
     rows = analysis.rows(trials, settings)
     write_rows(out / "results.csv", rows)

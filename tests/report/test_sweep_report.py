@@ -32,7 +32,7 @@ def optimum(network):
 
 def write(out, study, **options):
     trials = parabolas(study, optimum, noise=0.01, **options)
-    return report.write(trials, study, study.planned, ENVIRONMENT, out)
+    return report.write(trials, study, ENVIRONMENT, out)
 
 
 def names(folder):
@@ -107,7 +107,7 @@ def test_no_trials_and_missing_packages_are_refused_before_anything_is_written(
     tmp_path, monkeypatch
 ):
     with pytest.raises(ValueError, match="trials must have at least one"):
-        report.write([], settings(), 10, {}, tmp_path / "out")
+        report.write([], settings(), {}, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ImportError, match=r"depthnet\[report\]"):
         write(tmp_path / "out", settings())
