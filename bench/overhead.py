@@ -21,6 +21,7 @@ from stack import plain_stack
 
 from depthnet import nn, optim
 from depthnet.kernels import residual_stack, scaled_residual, use_backend
+from depthnet.kernels.reference import PLAIN
 from depthnet.kernels.triton import stack
 
 
@@ -50,9 +51,9 @@ def main() -> None:
         return torch.autograd.grad(scaled_residual(x, free_h, scale), free_h, grad)
 
     member, weights = x[None], weight.detach()[None]
-    constants = scale, None, 1.0, 1.0, True
+    constants = scale, None, 1.0, 1.0, True, PLAIN
     with without_launches():
-        _, inputs, signs = stack.residual_stack(member, weights, *constants, True)
+        _, *saved = stack.residual_stack(member, weights, *constants, True)
     grad_weight = torch.empty_like(weights)
 
     class Nothing(torch.autograd.Function):
@@ -78,10 +79,10 @@ def main() -> None:
             member, weights, *constants, True
         ),
         "  its backward launchers alone": lambda: stack.residual_stack_backward(
-            member, weights, inputs, signs, *constants, grad_weight
+            member, weights, *saved, *constants, grad_weight
         ),
         "  allocating what forward returns": lambda: [
-            torch.empty(like.shape, dtype=like.dtype) for like in (member, inputs, signs)
+            torch.empty(like.shape, dtype=like.dtype) for like in (member, *saved)
         ],
         "  an autograd Function that does nothing": nothing_step,
         "scaled_residual, forward and backward": residual_step,

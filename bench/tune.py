@@ -31,6 +31,7 @@ import depthnet
 from depthnet.kernels import planning
 from depthnet.kernels.chips import CHIPS
 from depthnet.kernels.planning import Tile
+from depthnet.kernels.reference import PLAIN
 from depthnet.kernels.triton import stack
 
 TABLE = Path(depthnet.kernels.__file__).with_name("tiles.json")
@@ -160,15 +161,15 @@ def seconds(job: tuple, tile: Tile) -> float:
     rows = tile.rows * CHIPS[arch].multiprocessors // (n // tile.columns)
     x = torch.randn(1, rows, n, device="cuda")
     weight = (torch.randn(1, DEPTH, n, n, device="cuda") / n**0.5).to(dtype)
-    constants = DEPTH**-0.5, None, 1.0, 1.0, True
+    constants = DEPTH**-0.5, None, 1.0, 1.0, True, PLAIN
     with only(job, tile):
-        _, inputs, signs = stack.residual_stack(x, weight, *constants, True)
-        saved = x, weight, inputs, signs, *constants
+        _, *saved = stack.residual_stack(x, weight, *constants, True)
+        arguments = x, weight, *saved, *constants
         out = torch.empty_like(weight) if kernel == "weight_gradient" else None
         if kernel.endswith("forward"):
             milliseconds = do_bench(lambda: stack.residual_stack(x, weight, *constants, True))
         else:
-            milliseconds = do_bench(lambda: stack.residual_stack_backward(*saved, out))
+            milliseconds = do_bench(lambda: stack.residual_stack_backward(*arguments, out))
     return milliseconds / 1e3
 
 

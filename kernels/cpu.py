@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from depthnet.kernels.native import _C, MISSING
-from depthnet.kernels.reference import sign_bytes, stream_dtype
+from depthnet.kernels.reference import Block, sign_bytes, stream_dtype
 from depthnet.kernels.step import DTYPES, StepTables
 
 OPS = {  # the operators, and the dtypes that their kernels are for
@@ -104,8 +104,9 @@ def residual_stack(
     p: float,
     q: float,
     mean_subtract: bool,
+    block: Block,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     members, rows, n = x.shape
     depth = weight.shape[1]
     stream = x.to(stream_dtype(x.dtype)).contiguous()
@@ -117,7 +118,7 @@ def residual_stack(
     sizes = DTYPES[weight.dtype], members, depth, rows, n
     streams = stream.data_ptr(), y.data_ptr()
     _C.residual_stack_forward(*sizes, *_layers(weight), *streams, *saved, *constants)
-    return y.to(x.dtype), inputs, signs
+    return y.to(x.dtype), inputs, signs, stream.new_empty(0)
 
 
 def residual_stack_backward(
@@ -125,11 +126,13 @@ def residual_stack_backward(
     weight: Tensor,
     inputs: Tensor,
     signs: Tensor,
+    inverses: Tensor,
     scale: float,
     scales: Tensor | None,
     p: float,
     q: float,
     mean_subtract: bool,
+    block: Block,
     grad_weight: Tensor | None,
 ) -> Tensor:
     members, depth, rows, n = inputs.shape

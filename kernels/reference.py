@@ -11,10 +11,31 @@ are in the weight's dtype.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from depthnet.kernels.step import StepTables
+
+NORM_EPS = 1e-5  # of the norms that blocks of a stack begin with
+
+
+class Block(NamedTuple):
+    """What a residual block of a stack computes from x.
+
+    layers: k, the number of its weights.
+    norm: `layer` or `rms`, of x, before the first product; empty for none.
+    activate_first: W_k phi(.. W_1 phi(x)) instead of phi(W_k .. phi(W_1 x)); only without a norm.
+    """
+
+    layers: int = 1
+    norm: str = ""
+    activate_first: bool = False
+
+
+PLAIN = Block()
 
 
 def missing() -> list[str]:
@@ -101,6 +122,61 @@ def scaled_residual_backward(
     return (u * slope(unpack_signs(signs, grad.shape[-1]), p, q, dtype)).to(grad.dtype)
 
 
+def residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    scale: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    center: bool,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """s = x + scale * branch of (rows, n), and (s - mean) / sqrt(var + eps) * weight + bias.
+
+    The mean is 0 without `center`.  Also returns, if they are to be saved, the means (only with `center`)
+    and 1 / sqrt(var + eps), (2 or 1, rows).  Weight and bias come in the dtype of the sums.
+    """
+    dtype = stream_dtype(x.dtype)
+    s = (x.to(dtype) + scale * branch.to(dtype)).to(x.dtype)
+    wide = s.to(dtype)
+    mean = wide.mean(-1, keepdim=True) if center else None
+    centered = wide if mean is None else wide - mean
+    rstd = (centered.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = centered * rstd
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
+    if not save:
+        return s, y.to(branch.dtype), wide.new_empty(0)
+    statistics = rstd if mean is None else torch.cat((mean, rstd), 1)
+    return s, y.to(branch.dtype), statistics.mT.contiguous()
+
+
+def residual_norm_backward(
+    grad_y: Tensor,
+    s: Tensor,
+    grad_s: Tensor | None,
+    statistics: Tensor,
+    scale: float,
+    weight: Tensor | None,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, branch, weight and bias, the last two empty if they are not wanted."""
+    dtype = stream_dtype(s.dtype)
+    *mean, rstd = statistics[:, :, None]
+    normalized = (s.to(dtype) - mean[0] if mean else s.to(dtype)) * rstd
+    wide = grad_y.to(dtype)
+    a = wide if weight is None else wide * weight
+    g = a - normalized * (a * normalized).mean(-1, keepdim=True)
+    g = rstd * (g - a.mean(-1, keepdim=True) if mean else g)
+    g = g if grad_s is None else g + grad_s.to(dtype)
+    none = wide.new_empty(0)
+    grad_weight = (wide * normalized).sum(0) if weight_grad else none
+    grad_bias = wide.sum(0) if bias_grad else none
+    return g.to(s.dtype), (scale * g).to(grad_y.dtype), grad_weight, grad_bias
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T for x (P, rows, in) and weight (P, out, in)."""
     return x @ weight.mT
@@ -134,6 +210,19 @@ def _table_rows(index: Tensor, features: int) -> Tensor:
     return index + features * torch.arange(len(index), device=index.device)[:, None, None]
 
 
+def row_norm(x: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """(x - mean) / std, or without the mean for `rms`, over the last dimension; and 1/std, (..., 1)."""
+    centered = subtract_mean(x, norm == "layer")
+    inverse = torch.rsqrt(centered.square().mean(-1, keepdim=True) + NORM_EPS)
+    return centered * inverse, inverse
+
+
+def row_norm_backward(grad: Tensor, y: Tensor, inverse: Tensor, norm: str) -> Tensor:
+    """The gradient of x, y and `inverse` being what `row_norm` gave."""
+    projected = grad - y * (grad * y).mean(-1, keepdim=True)
+    return inverse * subtract_mean(projected, norm == "layer")
+
+
 def residual_stack(
     x: Tensor,
     weight: Tensor,
@@ -142,25 +231,46 @@ def residual_stack(
     p: float,
     q: float,
     mean_subtract: bool,
+    block: Block,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """For l = 1..L: h = x W_l^T, x <- x + scale * (phi(h) - mean(phi(h))).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Blocks of k layers, of which the last one's result z is added: x <- x + scale * (z - mean(z)).
 
-    Also returns, if they are to be saved, x_0 .. x_{L-1} in the weight's dtype as (P, L, rows, n) and
-    the packed signs of h_1 .. h_L as (P, L, rows, ceil(n/8)).
+    Weights are (P, L k, n, n), layer by layer.  Also returns, if they are to be saved, what each layer's
+    weight is multiplied by, in the weight's dtype, as (P, L k, rows, n); the packed signs of what phi is
+    taken of, as (P, L k, rows, ceil(n/8)), in the order of computation; and the 1/std of the norms,
+    (P, L, rows), empty without a norm.
     """
     dtype = stream_dtype(x.dtype)
-    stream, inputs, signs = x.to(dtype), [], []
-    for layer in weight.unbind(1):
-        operand = stream.to(weight.dtype)
-        h = operand.to(dtype) @ layer.to(dtype).mT
-        stream, layer_signs = scaled_residual(stream, h, scale, scales, p, q, mean_subtract, save)
-        inputs.append(operand)
-        signs.append(layer_signs)
+    stream, inputs, signs, inverses = x.to(dtype), [], [], []
+
+    def phi(h):
+        if save:
+            signs.append(pack_signs(h))
+        return h * slope(h >= 0, p, q, dtype)
+
+    for layers in _blocks(weight.unbind(1), block):
+        operand = stream
+        if block.norm:
+            operand, inverse = row_norm(stream, block.norm)
+            inverses.append(inverse.squeeze(-1))
+        for layer in layers:
+            operand = (phi(operand) if block.activate_first else operand).to(weight.dtype)
+            inputs.append(operand)
+            h = operand.to(dtype) @ layer.to(dtype).mT
+            operand = h if block.activate_first else phi(h)
+        branch = subtract_mean(operand, mean_subtract)
+        stream = stream + multiplier(scale, scales, dtype) * branch
     y = stream.to(x.dtype)
+    no_inverses = x.new_empty(0, dtype=dtype)
     if not save:
-        return y, weight.new_empty(0), x.new_empty(0, dtype=torch.uint8)
-    return y, torch.stack(inputs, 1), torch.stack(signs, 1)
+        return y, weight.new_empty(0), x.new_empty(0, dtype=torch.uint8), no_inverses
+    inverse = torch.stack(inverses, 1) if inverses else no_inverses
+    return y, torch.stack(inputs, 1), torch.stack(signs, 1), inverse
+
+
+def _blocks(layers: Sequence, block: Block) -> list[Sequence]:
+    return [layers[start : start + block.layers] for start in range(0, len(layers), block.layers)]
 
 
 def residual_stack_backward(
@@ -168,25 +278,40 @@ def residual_stack_backward(
     weight: Tensor,
     inputs: Tensor,
     signs: Tensor,
+    inverses: Tensor,
     scale: float,
     scales: Tensor | None,
     p: float,
     q: float,
     mean_subtract: bool,
+    block: Block,
     grad_weight: Tensor | None,
 ) -> Tensor:
-    """For l = L..1: u = scale * (g - mean(g)), d = u * phi'(h_l), dW_l = d^T x_{l-1}, g <- g + d W_l.
+    """Block by block from the last: u = scale * (g - mean(g)), then layer by layer d = u * phi'(h_l),
+    dW_l = d^T z_{l-1}, u = d W_l, z_{l-1} being what W_l was multiplied by; then g <- g + u, through the
+    norm's derivative where there is one.
 
-    The dW are written to `grad_weight`, (P, L, n, n) with contiguous layers, unless it is None.
+    The dW are written to `grad_weight`, (P, L k, n, n) with contiguous layers, unless it is None.
     """
     dtype = stream_dtype(grad.dtype)
-    g = grad.to(dtype)
-    for layer in reversed(range(weight.shape[1])):
-        d = scaled_residual_backward(g, signs[:, layer], scale, scales, p, q, mean_subtract)
-        d = d.to(weight.dtype).to(dtype)
-        if grad_weight is not None:
-            grad_weight[:, layer] = d.mT @ inputs[:, layer].to(dtype)
-        g = g + d @ weight[:, layer].to(dtype)
+    n, g = grad.shape[-1], grad.to(dtype)
+
+    def through_phi(u, layer):
+        return u * slope(unpack_signs(signs[:, layer], n), p, q, dtype)
+
+    for index, layers in reversed(list(enumerate(_blocks(range(weight.shape[1]), block)))):
+        u = multiplier(scale, scales, dtype) * subtract_mean(g, mean_subtract)
+        for layer in reversed(layers):
+            d = u if block.activate_first else through_phi(u, layer)
+            d = d.to(weight.dtype).to(dtype)
+            if grad_weight is not None:
+                grad_weight[:, layer] = d.mT @ inputs[:, layer].to(dtype)
+            u = d @ weight[:, layer].to(dtype)
+            u = through_phi(u, layer) if block.activate_first else u
+        if block.norm:
+            y = inputs[:, layers[0]].to(dtype)
+            u = row_norm_backward(u, y, inverses[:, index, :, None], block.norm)
+        g = g + u
     return g.to(grad.dtype)
 
 

@@ -41,23 +41,42 @@ def plain_residual(x, h, scale, activation="abs", mean_subtract=True):
     return x + scale * (z - z.mean(-1, keepdim=True) if mean_subtract else z)
 
 
-def plain_stack(x, weight, scale, activation="abs", mean_subtract=True):
-    """x (*P, B, n), weight (*P, L, n, n); scale a number or (*P,)."""
+def plain_norm(x, norm):
+    if norm == "layer":
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-5)
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-5) if norm == "rms" else x
+
+
+def plain_stack(
+    x, weight, scale, activation="abs", mean_subtract=True, block_depth=1, norm=None,
+    activate="after", watch=lambda h: None,
+):  # fmt: skip
+    """x (*P, B, n), weight (*P, L k, n, n); scale a number or (*P,); `watch` sees what phi is taken of."""
     if isinstance(scale, Tensor):
         scale = scale.to(x.dtype)[..., None, None]
-    for layer in weight.unbind(-3):
-        x = plain_residual(x, x @ layer.mT, scale, activation, mean_subtract)
+
+    def activated(h):
+        watch(h)
+        return phi(h, activation)
+
+    layers = weight.unbind(-3)
+    for start in range(0, len(layers), block_depth):
+        z = plain_norm(x, norm)
+        for layer in layers[start : start + block_depth]:
+            z = activated(z) @ layer.mT if activate == "before" else activated(z @ layer.mT)
+        x = plain_residual(x, z, scale, "identity", mean_subtract)
     return x
 
 
-def nearest_kink(x, weight, scale, activation="abs", mean_subtract=True) -> float:
+def nearest_kink(x, weight, scale, activation="abs", mean_subtract=True, **block) -> float:
     """The least |pre-activation|: phi' jumps at 0, where rounding decides."""
-    least = torch.inf
-    for layer in weight.unbind(-3):
-        h = x @ layer.mT
-        least = min(least, h.abs().min().item() if h.numel() else torch.inf)
-        x = plain_residual(x, h, scale, activation, mean_subtract)
-    return least
+    least = [torch.inf]
+
+    def watch(h):
+        least.append(h.abs().min().item() if h.numel() else torch.inf)
+
+    plain_stack(x, weight, scale, activation, mean_subtract, watch=watch, **block)
+    return min(least)
 
 
 def grads(function, inputs: list[Tensor], grad: Tensor, dtype=None) -> list[Tensor]:

@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from depthnet.kernels import scaled_residual
+from depthnet.kernels import scaled_residual, slopes
+from depthnet.kernels.reference import row_norm, slope
 from depthnet.nn import ResNet
 
 
@@ -18,7 +19,8 @@ class Stream:
     """What passes through L residual blocks of width n, for a batch of B inputs.
 
     x: (L + 1, *P, B, n), the stream; x[0] enters the first block, x[l] leaves block l.
-    h: (L, *P, B, n), pre-activations W_l x[l-1]; None for modules other than a ResNet.
+    h: (L k, *P, B, n), what the weights' products are, k for each block; None for modules other than a
+        ResNet.  In blocks of one layer they are the pre-activations W_l x[l-1].
     outputs: what the model returns.
     dx, dh: the loss's gradients with respect to x and h; None without a loss.
 
@@ -78,16 +80,22 @@ def residual_stream(
 def _of_resnet(model: ResNet, inputs: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
     blocks = model.blocks
     xs, hs = [_differentiable(model.input(inputs))], []
-    for weight in blocks.weight.unbind(-3):
-        hs.append(xs[-1] @ weight.mT)
-        step = scaled_residual(
-            xs[-1],
-            hs[-1],
-            blocks.scale,
-            activation=blocks.activation,
-            mean_subtract=blocks.mean_subtract,
-        )
-        xs.append(step)
+    p, q = slopes(blocks.activation)
+    for number, weight in enumerate(blocks.weight.unbind(-3)):
+        if number % blocks.block_depth == 0:
+            z = row_norm(xs[-1], blocks.norm)[0] if blocks.norm else xs[-1]
+        elif blocks.activate == "after":
+            z = z * slope(z >= 0, p, q, z.dtype)
+        if blocks.activate == "before":
+            z = z * slope(z >= 0, p, q, z.dtype)
+        z = z @ weight.mT
+        hs.append(z)
+        if (number + 1) % blocks.block_depth == 0:
+            last = blocks.activation if blocks.activate == "after" else "identity"
+            step = scaled_residual(
+                xs[-1], z, blocks.scale, activation=last, mean_subtract=blocks.mean_subtract
+            )
+            xs.append(step)
     return xs, hs, model.output(xs[-1])
 
 

@@ -1,4 +1,4 @@
-"""Residual networks of one-layer blocks, scaled so that they train at any width and depth."""
+"""Residual networks scaled so that they train at any width and depth."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from depthnet._checks import integer
 from depthnet.kernels import residual_stack, slopes
 from depthnet.kernels.dispatch import autocast_enabled
+from depthnet.kernels.stack import check_block
 from depthnet.nn.layers import EmbeddingSum, Generators, Linear, normal_
 from depthnet.scaling import Parametrization
 from depthnet.scaling.groups import track
@@ -18,6 +19,9 @@ from depthnet.scaling.groups import track
 class ResidualStack(nn.Module):
     """L blocks x <- x + scale * (phi(W_l x) - mean(phi(W_l x))), computed by one operator.
 
+    Deeper blocks, with a norm or with the activation before each product, are those of
+    `depthnet.kernels.residual_stack`.
+
     Args:
         width: n. depth: L, 0 or more.
         scale: the branch multiplier, a finite number; None means depth^-1/2.
@@ -25,10 +29,13 @@ class ResidualStack(nn.Module):
         mean_subtract: whether the mean over the width is subtracted.
         checkpoint_every: None, or keep every c-th x_l only and recompute the rest backward: memory
             O(L/c + c) instead of O(L).
+        block_depth: k, the number of layers of a block.
+        norm: None, or `layer` or `rms`: what a block begins with.
+        activate: `after` or `before` the products; `before` only without a norm.
         population: None, or the number P of independent networks.
         generator: for the initial weights: a torch.Generator, one for each member, or None.
 
-    Input and output (*P, B, n); `weight` is one parameter of shape (*P, L, n, n), drawn from N(0, 1/n).
+    Input and output (*P, B, n); `weight` is one parameter of shape (*P, L k, n, n), drawn from N(0, 1/n).
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -43,6 +50,9 @@ class ResidualStack(nn.Module):
         activation: str | tuple[float, float] = "abs",
         mean_subtract: bool = True,
         checkpoint_every: int | None = None,
+        block_depth: int = 1,
+        norm: str | None = None,
+        activate: str = "after",
         population: int | None = None,
         generator: Generators = None,
         device=None,
@@ -56,11 +66,13 @@ class ResidualStack(nn.Module):
         self.checkpoint_every = checkpoint_every
         if checkpoint_every is not None:
             integer("checkpoint_every", checkpoint_every, 1)
+        self.block_depth = integer("block_depth", block_depth, 1)
+        check_block(norm, activate)
+        self.norm, self.activate = norm, activate
         self.population = check_population(population, generator)
         lead = () if population is None else (population,)
-        self.weight = nn.Parameter(
-            torch.empty(*lead, depth, width, width, device=device, dtype=dtype)
-        )
+        shape = *lead, depth * block_depth, width, width
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: Generators = None) -> None:
@@ -74,17 +86,21 @@ class ResidualStack(nn.Module):
             activation=self.activation,
             mean_subtract=self.mean_subtract,
             checkpoint_every=self.checkpoint_every,
+            block_depth=self.block_depth,
+            norm=self.norm,
+            activate=self.activate,
         )
 
     def extra_repr(self) -> str:
         return (
             f"weight={tuple(self.weight.shape)}, scale={self.scale:.4g}, "
-            f"activation={self.activation!r}, mean_subtract={self.mean_subtract}"
+            f"activation={self.activation!r}, mean_subtract={self.mean_subtract}, "
+            f"block_depth={self.block_depth}, norm={self.norm!r}, activate={self.activate!r}"
         )
 
 
 class ResNet(nn.Module):
-    """Input layer, L one-layer residual blocks, output layer: f = V (blocks(U x)), no biases.
+    """Input layer, L residual blocks, output layer: f = V (blocks(U x)), no biases.
 
     The parametrization sets the branch multiplier, the initial weights and, through `param_groups`,
     each layer's learning rate, eps and weight decay, so that hyperparameters tuned at the base width
@@ -105,6 +121,8 @@ class ResNet(nn.Module):
         output_std: standard deviation of output weights at the base width; 0 starts from f = 0.
         base_width, base_depth: the shape at which hyperparameters are (or were) tuned.
         checkpoint_every: None, or keep every c-th activation only and recompute the rest backward.
+        block_depth, norm, activate: of the blocks, see `ResidualStack`.  With two or more layers a block
+            every parametrization loses something; see scaling.classify.
         population: None, or the number P of independent networks with one leading dimension P in
             every weight and output.
         generator: for the initial weights: a torch.Generator, one for each member, or None.
@@ -131,6 +149,9 @@ class ResNet(nn.Module):
         base_width: int = 128,
         base_depth: int = 8,
         checkpoint_every: int | None = None,
+        block_depth: int = 1,
+        norm: str | None = None,
+        activate: str = "after",
         population: int | None = None,
         generator: Generators = None,
         device=None,
@@ -179,6 +200,9 @@ class ResNet(nn.Module):
             activation=activation,
             mean_subtract=mean_subtract,
             checkpoint_every=checkpoint_every,
+            block_depth=block_depth,
+            norm=norm,
+            activate=activate,
             **shared,
         )
         self.output = Linear(width, out_features, self.rules["output"].init_std, **shared)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from depthnet.kernels.planning import Launch, Plan, arch_of, kind_of, shared_limit, stack_plan
-from depthnet.kernels.reference import sign_bytes, stream_dtype
+from depthnet.kernels.reference import Block, sign_bytes, stream_dtype
 from depthnet.kernels.triton import INTERPRETED
 from depthnet.kernels.triton.residual import residual_backward, residual_forward
 from depthnet.kernels.triton.stack_layers import (
@@ -57,8 +57,9 @@ def residual_stack(
     p: float,
     q: float,
     mean_subtract: bool,
+    block: Block,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `depthnet.kernels.reference.residual_stack`."""
     members, rows, n = x.shape
     depth = weight.shape[1]
@@ -78,7 +79,7 @@ def residual_stack(
         saved = (inputs, signs) if save else (None, None)
         with torch.cuda.device_of(x):
             forward[run.plan.regime](run, x, weight, y, *saved, constants)
-    return y, inputs, signs
+    return y, inputs, signs, y.new_empty(0, dtype=stream_dtype(x.dtype))
 
 
 def residual_stack_backward(
@@ -86,11 +87,13 @@ def residual_stack_backward(
     weight: Tensor,
     inputs: Tensor,
     signs: Tensor,
+    inverses: Tensor,
     scale: float,
     scales: Tensor | None,
     p: float,
     q: float,
     mean_subtract: bool,
+    block: Block,
     grad_weight: Tensor | None,
 ) -> Tensor:
     """See `depthnet.kernels.reference.residual_stack_backward`."""

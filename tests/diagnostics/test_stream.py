@@ -29,6 +29,27 @@ def test_stream_of_a_resnet():
     assert residual_stream(model, x).dx is None
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"block_depth": 2},
+        {"block_depth": 2, "norm": "layer"},
+        {"norm": "rms"},
+        {"block_depth": 3, "activate": "before"},
+    ],
+    ids=str,
+)
+def test_stream_of_other_blocks(block):
+    model, x = resnet(**block), torch.randn(7, 5, dtype=torch.float64)
+    stream = residual_stream(model, x, lambda f: f.square().sum())
+    layers = block.get("block_depth", 1)
+    assert stream.x.shape == (5, 7, 16)
+    assert stream.h.shape == stream.dh.shape == (4 * layers, 7, 16)
+    torch.testing.assert_close(stream.outputs, model(x))
+    model(x).square().sum().backward()
+    torch.testing.assert_close(stream.dx[0].T @ x, model.input.weight.grad)
+
+
 def test_members_of_a_population_are_single_networks():
     model, x = resnet(population=2), torch.randn(7, 5, dtype=torch.float64)
     stream = residual_stream(model, x, lambda f: f.square().sum())

@@ -183,9 +183,10 @@ def test_a_layer_is_as_exact_as_its_sums_allow(
     x, g, weight = normal(rows, n), normal(rows, n), normal(1, n, n, dtype=dtypes[1])
     scales = normal(dtype=torch.float64) if many_scales else None
     constants = scale, scales, p, q, mean_subtract, 0
-    y, inputs, signs = torch.ops.depthnet.residual_stack(x, weight, *constants, True)
+    y, *saved = torch.ops.depthnet.residual_stack(x, weight, *constants, True)
+    inputs, signs, _ = saved
     grad_x, grad_weight = torch.ops.depthnet.residual_stack_backward(
-        g, weight, inputs, signs, *constants, True
+        g, weight, *saved, *constants, True
     )
 
     # Each step beside the sum of its absolute terms, with the signs that were saved.

@@ -39,11 +39,24 @@ def test_opcheck_residual_stack(backend, lead, depth, every):
         torch.library.opcheck(OPS.residual_stack, arguments)
     arguments = stack_arguments(lead, depth, every, True)
     with torch.no_grad():
-        y, inputs, signs = OPS.residual_stack(*arguments)
+        y, *saved = OPS.residual_stack(*arguments)
     weight = arguments[1].detach()
     for weight_grad in (True, False):
-        backward = (y, weight, inputs, signs, *arguments[2:7], every, weight_grad)
+        backward = (y, weight, *saved, *arguments[2:7], every, weight_grad)
         torch.library.opcheck(OPS.residual_stack_backward, backward)
+
+
+@pytest.mark.parametrize("block", [(2, "", False), (2, "layer", False), (1, "", True)])
+@pytest.mark.parametrize("every", [0, 2])
+def test_opcheck_stack_of_other_blocks(backend, block, every):
+    for save in (True, False):
+        arguments = (*stack_arguments(3, 6, every, save), *block)
+        torch.library.opcheck(OPS.residual_stack, arguments)
+    with torch.no_grad():
+        y, *saved = OPS.residual_stack(*stack_arguments(3, 6, every, True), *block)
+    weight = arguments[1].detach()
+    backward = (y, weight, *saved, *arguments[2:7], every, True, *block)
+    torch.library.opcheck(OPS.residual_stack_backward, backward)
 
 
 def test_opcheck_non_contiguous(backend):

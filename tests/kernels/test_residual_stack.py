@@ -27,12 +27,22 @@ def backend(request):
     yield from run_on(request)
 
 
-def draw(n, depth, lead=(), rows=5, dtype=torch.float32, away_from_kinks=4e-6):
+BLOCKS = [
+    {"block_depth": 2},
+    {"block_depth": 3, "norm": "layer"},
+    {"norm": "layer"},
+    {"block_depth": 2, "norm": "rms"},
+    {"activate": "before"},
+    {"block_depth": 2, "activate": "before"},
+]
+
+
+def draw(n, depth, lead=(), rows=5, dtype=torch.float32, away_from_kinks=4e-6, **block):
     """x, weight and the gradient of the output; redrawn while rounding could decide a slope."""
     while True:
         x, g = (torch.randn(*lead, rows, n).to(dtype) for _ in range(2))
         weight = (torch.randn(*lead, depth, n, n) / n**0.5).to(dtype)
-        if nearest_kink(x.double(), weight.double(), 0.3) > away_from_kinks:
+        if nearest_kink(x.double(), weight.double(), 0.3, **block) > away_from_kinks:
             return x, weight, g
 
 
@@ -83,6 +93,48 @@ def test_activations(backend, mean_subtract):
         check(str(activation), [x, weight], g, stack(**options), plain(**options))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_other_blocks(backend, block, dtype):
+    layers = block.get("block_depth", 1)
+    for n, rows in ((2, 5), (33, 5), (64, 40), (129, 17)):
+        for lead, blocks in (((), 1), ((2,), 3)):
+            x, weight, g = draw(n, blocks * layers, lead, rows, dtype, **block)
+            check(f"n={n} L={blocks}", [x, weight], g, stack(**block), plain(**block))
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_other_blocks_without_mean_subtraction_with_other_slopes(backend, block):
+    options = {"activation": (0.5, -2.0), "mean_subtract": False, **block}
+    x, weight, g = draw(33, 2 * block.get("block_depth", 1), **options)
+    check(str(block), [x, weight], g, stack(**options), plain(**options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_other_blocks_in_half_precision(backend, block, dtype):
+    depth = 4 * block.get("block_depth", 1)
+    x, weight, g = draw(64, depth, rows=MANY, dtype=dtype, away_from_kinks=0)
+    check(str(block), [x, weight], g, stack(0.5, **block), plain(0.5, **block))
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_other_blocks_checkpointed_for_members_of_their_own(backend, block):
+    scale = torch.tensor([0.5, 0.25, 1.0])
+    x, weight, g = draw(20, 5 * block.get("block_depth", 1), (3,), **block)
+    for every in (1, 2):
+        ours = stack(scale, checkpoint_every=every, **block)
+        check(f"every={every}", [x, weight], g, ours, plain(scale, **block))
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_gradcheck_of_other_blocks(backend, block):
+    layers = block.get("block_depth", 1)
+    x, weight, _ = draw(5, 2 * layers, (2,), 3, torch.float64, away_from_kinks=1e-3, **block)
+    inputs = (x.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(stack(**block), inputs)
+
+
 @pytest.mark.parametrize("every", [1, 2, 3, 7, 100])
 @pytest.mark.parametrize("lead", [(), (2,)])
 def test_checkpointing(backend, every, lead):
@@ -111,7 +163,7 @@ def test_checkpointing_saves_every_cth_input_only(backend):
 
 def test_nothing_is_saved_without_gradients(backend):
     x, weight, _ = draw(16, 12)
-    _, inputs, signs = torch.ops.depthnet.residual_stack(
+    _, inputs, signs, _ = torch.ops.depthnet.residual_stack(
         x[None], weight[None], 0.3, None, 1.0, 1.0, True, 0, False
     )
     assert inputs.numel() == signs.numel() == 0
@@ -128,10 +180,10 @@ def test_many_saved_inputs_are_written_past_the_caches_but_the_same(backend, dty
     def run(x, weight):
         return torch.ops.depthnet.residual_stack(x, weight, 0.1, None, 1.0, 1.0, True, 0, True)
 
-    y, inputs, signs = run(x, weight)
+    y, inputs, signs, _ = run(x, weight)
     assert inputs.numel() * inputs.element_size() >= 4 * 2**20
-    middle, first_inputs, first_signs = run(x, weight[:, : depth // 2])
-    end, last_inputs, last_signs = run(middle, weight[:, depth // 2 :])
+    middle, first_inputs, first_signs, _ = run(x, weight[:, : depth // 2])
+    end, last_inputs, last_signs, _ = run(middle, weight[:, depth // 2 :])
     assert torch.equal(y, end)
     assert torch.equal(inputs, torch.cat([first_inputs, last_inputs], 1))
     assert torch.equal(signs, torch.cat([first_signs, last_signs], 1))
@@ -247,6 +299,19 @@ def test_no_second_derivative(backend):
         ),
         ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be at least 1, got 0"),
         ({"checkpoint_every": 1.5}, TypeError, "checkpoint_every must be an integer, got 1.5"),
+        ({"block_depth": 0}, ValueError, "block_depth must be at least 1, got 0"),
+        (
+            {"block_depth": 3},
+            ValueError,
+            "weight must hold whole blocks of block_depth=3 layers, got 2",
+        ),
+        ({"norm": "batch"}, ValueError, "norm='batch' is not one of layer, rms"),
+        ({"activate": "behind"}, ValueError, "activate='behind' is not one of after, before"),
+        (
+            {"norm": "rms", "activate": "before"},
+            ValueError,
+            "activate='before' goes without a norm, got norm='rms'",
+        ),
         ({"scale": torch.ones(1)}, ValueError, "scale must be a number or a tensor over"),
         ({"scale": math.nan}, ValueError, "scale must be finite"),
     ],

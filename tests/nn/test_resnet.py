@@ -134,6 +134,26 @@ def test_active_features_stay_in_their_member(population):
             model(torch.tensor([[0, 1, 2, bad]]))
 
 
+@pytest.mark.parametrize("norm", [None, "layer", "rms"])
+def test_deeper_blocks_are_the_formula(norm):
+    model = ResNet(5, 16, 3, 2, block_depth=2, norm=norm, output_std=1.0, generator=generator())
+    assert model.blocks.weight.shape == (6, 16, 16)
+    x = torch.randn(4, 5)
+    blocks = {"block_depth": 2, "norm": norm}
+    stream = plain_stack(model.input(x), model.blocks.weight, model.blocks.scale, **blocks)
+    torch.testing.assert_close(model(x), model.output(stream))
+    (hidden,) = (g for g in model.param_groups("adamw") if g["name"] == "hidden")
+    assert hidden["lr_scale"] == ResNet(5, 16, 3, 2).param_groups("adamw")[1]["lr_scale"]
+
+
+def test_activation_before_the_product():
+    model = ResNet(5, 16, 3, 2, activate="before", output_std=1.0)
+    x = torch.randn(4, 5)
+    stream = plain_stack(model.input(x), model.blocks.weight, model.blocks.scale, activate="before")
+    torch.testing.assert_close(model(x), model.output(stream))
+    assert "activate='before'" in repr(model)
+
+
 def test_checkpointing_does_not_change_the_gradients():
     x = torch.randn(4, 6)
     gradients = []
@@ -222,6 +242,9 @@ def test_activations_stay_of_size_one_at_any_depth(depth):
         ({"block_multiplier": math.inf}, ValueError, "block_multiplier must be a finite number"),
         ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be at least 1"),
         ({"base_depth": 0}, ValueError, "base_depth must be at least 1"),
+        ({"block_depth": 0}, ValueError, "block_depth must be at least 1"),
+        ({"norm": "batch"}, ValueError, "norm='batch' is not one of layer, rms"),
+        ({"norm": "layer", "activate": "before"}, ValueError, "activate='before' goes without"),
     ],
 )
 def test_bad_arguments_are_named(change, error, words):
