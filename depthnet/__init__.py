@@ -2,6 +2,7 @@
 
 from depthnet import diagnostics, graphs, kernels, nn, optim, scaling, theory
 from depthnet.nn import ResNet
+from depthnet.scaled import scale
 from depthnet.tuning import tune
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "kernels",
     "nn",
     "optim",
+    "scale",
     "scaling",
     "theory",
     "tune",

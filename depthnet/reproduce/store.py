@@ -8,13 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from depthnet._checks import differences
-from depthnet._files import reading, replacing
+from depthnet._files import locked, reading, replacing
 from depthnet.report.files import write_text
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: two runs in one folder are then not noticed
-    fcntl = None
 
 
 class Store:
@@ -27,22 +22,12 @@ class Store:
 
     def __init__(self, out: str | Path, settings: dict):
         self.out = Path(out)
-        try:
-            (self.out / "jobs").mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.out / ".lock", "w")  # noqa: SIM115 (held while the store is open)
-        except OSError as error:
-            raise ValueError(f"out: {self.out} cannot be written ({error})") from None
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(
-                    f"out: another process is running the study in {self.out}"
-                ) from None
+        self._lock = locked(self.out, "running the study")
         settings = json.loads(json.dumps(settings))
         path = self.out / "settings.json"
         # A start that failed before its first job was done holds nothing that other settings could spoil.
         try:
+            (self.out / "jobs").mkdir(exist_ok=True)
             if any((self.out / "jobs").glob("*.npz")):
                 self._refuse_others(path, settings)
             write_text(path, json.dumps(settings, indent=2) + "\n")
