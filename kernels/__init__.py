@@ -6,6 +6,7 @@ from depthnet.kernels.linear import embedding_sum, linear
 from depthnet.kernels.optimizer import adamw_step_, sgd_step_
 from depthnet.kernels.planning import Plan, plan
 from depthnet.kernels.residual import scaled_residual
+from depthnet.kernels.residual_norm import residual_norm
 from depthnet.kernels.stack import residual_stack
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "embedding_sum",
     "linear",
     "plan",
+    "residual_norm",
     "residual_stack",
     "scaled_residual",
     "sgd_step_",

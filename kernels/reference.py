@@ -171,9 +171,8 @@ def residual_norm_backward(
     g = a - normalized * (a * normalized).mean(-1, keepdim=True)
     g = rstd * (g - a.mean(-1, keepdim=True) if mean else g)
     g = g if grad_s is None else g + grad_s.to(dtype)
-    none = wide.new_empty(0)
-    grad_weight = (wide * normalized).sum(0) if weight_grad else none
-    grad_bias = wide.sum(0) if bias_grad else none
+    grad_weight = (wide * normalized).sum(0) if weight_grad else wide.new_empty(0)
+    grad_bias = wide.sum(0) if bias_grad else wide.new_empty(0)
     return g.to(s.dtype), (scale * g).to(grad_y.dtype), grad_weight, grad_bias
 
 

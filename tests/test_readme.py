@@ -22,7 +22,16 @@ def test_the_example_runs_and_learns():
 
 
 @pytest.mark.parametrize(
-    "document", ["docs/theory.md", "docs/diagnostics.md", "docs/sweeps.md", "docs/tuning.md"]
+    "document",
+    [
+        "docs/theory.md",
+        "docs/diagnostics.md",
+        "docs/sweeps.md",
+        "docs/tuning.md",
+        "docs/scaling_your_model.md",
+        "docs/language_models.md",
+        "docs/transformers.md",
+    ],
 )
 def test_examples_in_the_docs_run(document):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)

@@ -11,6 +11,7 @@ from depthnet.cli import (
     coord_check,
     describe,
     diversity,
+    language,
     phase_diagram,
     reproduce,
     sweep,
@@ -45,7 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="depthnet", description=sys.modules["depthnet"].__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    every = transfer, sweep, coord_check, diversity, phase_diagram, reproduce, theory, describe
+    every = (
+        *(transfer, sweep, language, coord_check, diversity, phase_diagram),
+        *(reproduce, theory, describe),
+    )
     for module in every:
         module.add_verbs(verbs)
     return parser

@@ -1,5 +1,6 @@
 """Modules."""
 
 from depthnet.nn.resnet import ResidualStack, ResNet
+from depthnet.nn.transformer import Transformer
 
-__all__ = ["ResNet", "ResidualStack"]
+__all__ = ["ResNet", "ResidualStack", "Transformer"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from depthnet._checks import integer, number, one_of
 from depthnet.scaling.classification import Classification, classify
 
-ROLES = ("input", "hidden", "output", "bias", "norm")
+ROLES = ("input", "hidden", "output", "bias", "norm", "final_norm", "tied")
 OPTIMIZERS = ("adamw", "adam", "sgd")
 WIDTH_RULES = ("mup", "none")
 
@@ -16,7 +16,7 @@ WIDTH_RULES = ("mup", "none")
 class Rule:
     """What a parametrization asks of one kind of tensor; scales are relative to the base shape.
 
-    multiplier: factor of the tensor's branch in the forward pass.
+    multiplier: factor of what the tensor gives in the forward pass: of its branch, of tied logits.
     init_std: standard deviation at initialisation (biases start at 0, norm gains at 1).
     update_scale: size of the tensor's update, which is the learning rate of an Adam-like optimizer.
     grad_scale: size of the tensor's gradient; Adam's eps follows it.
@@ -100,6 +100,7 @@ class Parametrization:
         base_width: int = 128,
         base_depth: int = 8,
         block_multiplier: float | None = None,
+        input_std: float = 1.0,
         output_std: float = 0.0,
     ) -> Rule:
         """The rule for a tensor of a network of the given width n and depth L.
@@ -108,18 +109,21 @@ class Parametrization:
 
         | role | multiplier | init std | Adam lr | SGD lr | Adam eps |
         |---|---|---|---|---|---|
-        | input | 1 | fan_in^-1/2 | 1 | r_n | 1/r_n |
+        | input | 1 | input_std fan_in^-1/2 | 1 | r_n | 1/r_n |
+        | tied (input and output) | 1/r_n, of the logits | input_std fan_in^-1/2 | 1 | r_n | 1/r_n |
         | hidden | a r_L^-alpha | fan_in^-1/2 | 1/(r_n r_L^gamma) | r_L^(alpha-gamma) | 1/(r_n r_L^alpha) |
         | output | 1 | output_std/r_n, or /r_n^1/2 without a width rule | 1/r_n | 1/r_n | 1 |
         | bias, norm (of a block) | 1 | 0 | r_L^-gamma | r_n r_L^(alpha-gamma) | 1/(r_n r_L^alpha) |
+        | final_norm (after the blocks) | 1 | 0 | 1 | r_n | 1/r_n |
 
         Weight decay times learning rate stays fixed; biases and norms do not decay.
 
         Args:
-            role: input, hidden, output, bias or norm.
-            fan_in: number of inputs of each unit that are not zero.
+            role: input, hidden, output, bias, norm, final_norm or tied.
+            fan_in: number of inputs of each unit that are not zero; of an embedding, 1.
             block_multiplier: a, the branch multiplier at the base depth; None means base_depth^-1/2,
                 so that Depth-muP's multiplier is exactly depth^-1/2.
+            input_std: standard deviation of input weights times fan_in^1/2.
             output_std: standard deviation of output weights at the base width.
         """
         one_of("role", role, ROLES)
@@ -130,13 +134,15 @@ class Parametrization:
         integer("base_depth", base_depth, 1)
         if block_multiplier is not None:
             number("block_multiplier", block_multiplier)
-        if number("output_std", output_std) < 0:
-            raise ValueError(f"output_std must not be negative, got {output_std}")
+        for argument, std in (("input_std", input_std), ("output_std", output_std)):
+            if number(argument, std) < 0:
+                raise ValueError(f"{argument} must not be negative, got {std}")
         r_n = width / base_width if self.width_rule == "mup" else 1.0
         r_L = depth / base_depth if depth else 1.0
         block_grad = r_L**-self.alpha / r_n
-        if role == "input":
-            return Rule(1.0, fan_in**-0.5, 1.0, 1 / r_n)
+        if role in ("input", "tied"):
+            multiplier = 1.0 if role == "input" else 1 / r_n
+            return Rule(multiplier, input_std * fan_in**-0.5, 1.0, 1 / r_n)
         if role == "hidden":
             if block_multiplier is None:  # one rounding: exactly depth^-1/2 for alpha = 1/2
                 multiplier = (base_depth * r_L ** (2 * self.alpha)) ** -0.5
@@ -146,7 +152,23 @@ class Parametrization:
         if role == "output":
             std = output_std / (r_n if self.width_rule == "mup" else (width / base_width) ** 0.5)
             return Rule(1.0, std, 1 / r_n, 1.0)
+        if role == "final_norm":
+            return Rule(1.0, 0.0, 1.0, 1 / r_n, decays=False)
         return Rule(1.0, 0.0, r_L**-self.gamma, block_grad, decays=False)
+
+    def attention_scale(self, head_size: int, base_head_size: int | None = None) -> float:
+        """The factor of q.k in attention's softmax.
+
+        Queries and keys of trained networks are aligned, so that q.k grows like the head size, not like
+        its root: under the mup width rule the factor is base_head_size^1/2 / head_size.  It is the usual
+        head_size^-1/2 at the base head size, and without a width rule.
+
+        Args:
+            base_head_size: the head size at the base width; None means the same.
+        """
+        integer("head_size", head_size, 1)
+        base = head_size if base_head_size is None else integer("base_head_size", base_head_size, 1)
+        return base**0.5 / head_size if self.width_rule == "mup" else head_size**-0.5
 
     def classify(self) -> Classification:
         """What this parametrization's limit of infinite width, then depth, is."""
