@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from depthnet._checks import number, one_of
 from depthnet.diagnostics.stream import find_blocks
 from depthnet.scaling import Parametrization, Rule
-from depthnet.scaling.groups import track
+from depthnet.scaling.groups import group, track
 
 # What a parameter can be.
 ROLES = ("input", "hidden", "output", "bias", "norm")
@@ -125,18 +125,9 @@ class Scaling:
                     "modules have been replaced or wrapped"
                 )
             scaled = self.parameters[name]
-            group = groups.setdefault(
-                scaled.group,
-                {
-                    "name": scaled.group,
-                    "params": [],
-                    "rule": optimizer,
-                    "lr_scale": scaled.rule.lr_scale(optimizer),
-                    "eps_scale": scaled.rule.eps_scale(),
-                    "weight_decay_scale": scaled.rule.weight_decay_scale(optimizer),
-                },
-            )
-            group["params"].append(param)
+            if scaled.group not in groups:
+                groups[scaled.group] = group(scaled.group, [], scaled.rule, optimizer)
+            groups[scaled.group]["params"].append(param)
         return list(groups.values())
 
     def __repr__(self) -> str:

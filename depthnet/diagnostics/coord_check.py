@@ -18,7 +18,7 @@ from depthnet._checks import integer, number, one_of, optional_import
 from depthnet.data import Dataset
 from depthnet.diagnostics.fits import Interval, power_law
 from depthnet.diagnostics.stream import find_blocks, residual_stream
-from depthnet.nn import ResNet
+from depthnet.nn import ResNet, Transformer
 from depthnet.optim import SGD, Adam, AdamW
 from depthnet.scaling import Parametrization
 from depthnet.scaling.parametrization import OPTIMIZERS
@@ -32,7 +32,10 @@ NO_POWER = Interval(math.nan, -math.inf, math.inf)
 # The least range of a panel of the picture.
 SPAN = 8.0
 
-# Of resnet_builder: small enough that changes are proportional to them.
+# The groups of parameters that are in blocks.
+BLOCK_ROLES = ("hidden", "norm", "bias")
+
+# Of the builders: small enough that changes are proportional to them.
 LEARNING_RATES = {"adamw": 2**-10, "adam": 2**-10, "sgd": 2**-8}
 
 # What is measured, its label, and the number of steps before it is first seen.
@@ -201,7 +204,7 @@ def coord_check(
 
     Args:
         build: `build(width, depth, seed)` returns (model, optimizer), freshly initialized from the seed;
-            `resnet_builder` makes one.
+            `resnet_builder` and `transformer_builder` make one.
         batches: pairs (inputs, targets), such as a DataLoader; the first `steps` are trained on, again
             from the first if there are fewer.  The first is also what sizes are measured on.
         widths, depths: compared at base_depth and at base_width; with one only, the axis is left out.
@@ -415,10 +418,9 @@ def resnet_builder(
         TypeError, ValueError: an argument is not as described.
     """
     parametrization = Parametrization.of(parametrization)
-    one_of("optimizer", optimizer, OPTIMIZERS)
-    lr = LEARNING_RATES[optimizer] if lr is None else number("lr", lr)
 
     def network(width: int, depth: int, seed: int | Sequence[int]) -> ResNet:
+        """Of several seeds, one population."""
         alone = isinstance(seed, int)
         generators = [torch.Generator().manual_seed(s) for s in ([seed] if alone else seed)]
         return ResNet(
@@ -436,11 +438,80 @@ def resnet_builder(
             generator=generators[0] if alone else generators,
         )
 
-    if eps is None and optimizer != "sgd":
+    def base_loss() -> tuple[ResNet, Tensor]:
         model = network(base_width, base_depth, 0)
         x, y = data.batch(0, 0, 64)
-        cross_entropy(model(x), y).backward()
-        eps = 4 * model.blocks.weight.grad.abs().median().item()
+        return model, cross_entropy(model(x), y)
+
+    build = _builder(network, base_loss, optimizer, lr, eps, blocks_alone)
+    build.populations = True
+    return build
+
+
+def transformer_builder(
+    data,
+    parametrization: str | tuple[float, float] | Parametrization = "completep",
+    *,
+    optimizer: str = "adamw",
+    lr: float | None = None,
+    eps: float | None = None,
+    blocks_alone: bool = False,
+    base_width: int = 128,
+    base_depth: int = 8,
+    **options,
+) -> Build:
+    """A `build` for `coord_check`: depthnet.nn.Transformer with an optimizer of depthnet.optim.
+
+    `coord_check(transformer_builder(data), batches, parametrization="completep", blocks="layers.*",
+    loss=next_token_loss)`, with batches of (tokens, targets), int64 (B, T) both.
+
+    Args:
+        data: what it will be trained on: anything with a `vocabulary` and `batch(seed, step, size,
+            length)`, such as depthnet.data.tokens returns.
+        options: other arguments of the Transformer, such as head_size.
+
+    The other arguments, the output weights and the weight decay are those of `resnet_builder`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    parametrization = Parametrization.of(parametrization)
+
+    def network(width: int, depth: int, seed: int) -> Transformer:
+        return Transformer(
+            data.vocabulary,
+            width,
+            depth,
+            parametrization=parametrization,
+            base_width=base_width,
+            base_depth=base_depth,
+            generator=torch.Generator().manual_seed(seed),
+            **{"output_std": 0.0 if options.get("tied") else 1 / base_width, **options},
+        )
+
+    def base_loss() -> tuple[Transformer, Tensor]:
+        model = network(base_width, base_depth, 0)
+        tokens, targets = data.batch(0, 0, 8, min(model.context, 32))
+        return model, next_token_loss(model(tokens), targets)
+
+    return _builder(network, base_loss, optimizer, lr, eps, blocks_alone)
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean cross-entropy of logits (B, T, vocabulary) and targets int64 (B, T)."""
+    return cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def _builder(network, base_loss, optimizer, lr, eps, blocks_alone) -> Build:
+    """`build` of networks with `param_groups`; base_loss() is (model, loss) at the base shape."""
+    one_of("optimizer", optimizer, OPTIMIZERS)
+    lr = LEARNING_RATES[optimizer] if lr is None else number("lr", lr)
+    if eps is None and optimizer != "sgd":
+        model, loss = base_loss()
+        loss.backward()
+        groups = {group["name"]: group["params"] for group in model.param_groups(optimizer)}
+        gradients = torch.cat([weight.grad.flatten() for weight in groups["hidden"]])
+        eps = 4 * gradients.abs().median().item()
     make = {
         "adamw": lambda groups: AdamW(groups, lr=lr, eps=eps, weight_decay=0.0),
         "adam": lambda groups: Adam(groups, lr=lr, eps=eps),
@@ -448,12 +519,10 @@ def resnet_builder(
     }[optimizer]
 
     def build(width: int, depth: int, seed: int | Sequence[int]):
-        """Of several seeds, one population."""
         model = network(width, depth, seed)
         groups = model.param_groups(optimizer)
-        return model, make([g for g in groups if g["name"] == "hidden" or not blocks_alone])
+        return model, make([g for g in groups if g["name"] in BLOCK_ROLES or not blocks_alone])
 
-    build.populations = True
     return build
 
 

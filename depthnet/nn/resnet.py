@@ -13,7 +13,7 @@ from depthnet.kernels.dispatch import autocast_enabled
 from depthnet.kernels.stack import check_block
 from depthnet.nn.layers import EmbeddingSum, Generators, Linear, normal_
 from depthnet.scaling import Parametrization
-from depthnet.scaling.groups import track
+from depthnet.scaling.groups import group, track
 
 
 class ResidualStack(nn.Module):
@@ -252,12 +252,7 @@ class ResNet(nn.Module):
         layers = {"input": self.input, "hidden": self.blocks, "output": self.output}
         return [
             {
-                "name": role,
-                "params": [layer.weight],
-                "rule": optimizer,
-                "lr_scale": self.rules[role].lr_scale(optimizer),
-                "eps_scale": self.rules[role].eps_scale(),
-                "weight_decay_scale": self.rules[role].weight_decay_scale(optimizer),
+                **group(role, [layer.weight], self.rules[role], optimizer),
                 "population": self.population,
             }
             for role, layer in layers.items()

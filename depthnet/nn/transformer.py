@@ -12,7 +12,7 @@ from depthnet.kernels.reference import stream_dtype
 from depthnet.nn.generation import Cache, sample
 from depthnet.nn.layers import normal_
 from depthnet.scaling import Parametrization, Rule
-from depthnet.scaling.groups import track
+from depthnet.scaling.groups import group, track
 
 MLPS = ("gelu", "swiglu", "abs")
 NORMS = ("layer", "rms")
@@ -403,14 +403,7 @@ class Transformer(nn.Module):
             "output": [] if self.head is None else [self.head.weight],
         }
         return [
-            {
-                "name": role,
-                "params": params[role],
-                "rule": optimizer,
-                "lr_scale": rule.lr_scale(optimizer),
-                "eps_scale": rule.eps_scale(),
-                "weight_decay_scale": rule.weight_decay_scale(optimizer),
-            }
+            group(role, params[role], rule, optimizer)
             for role, rule in self.rules.items()
             if params[role]
         ]

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterable
 
 from depthnet._checks import one_of
-from depthnet.scaling.parametrization import OPTIMIZERS
+from depthnet.scaling.parametrization import OPTIMIZERS, Rule
 
 SCALES = ("lr_scale", "eps_scale", "weight_decay_scale")
 
@@ -21,6 +21,18 @@ _tracked: weakref.WeakSet = weakref.WeakSet()
 def track(module) -> None:
     """Remember a scaled module for as long as it lives."""
     _tracked.add(module)
+
+
+def group(name: str, params: list, rule: Rule, optimizer: str) -> dict:
+    """The parameter group of tensors that follow one rule."""
+    return {
+        "name": name,
+        "params": params,
+        "rule": optimizer,
+        "lr_scale": rule.lr_scale(optimizer),
+        "eps_scale": rule.eps_scale(),
+        "weight_decay_scale": rule.weight_decay_scale(optimizer),
+    }
 
 
 def param_groups(module, optimizer: str) -> list[dict]:

@@ -4,6 +4,7 @@ An exponent that is wrong by 1/2 moves a slope by about as much, twice the 1/4 a
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from depthnet.diagnostics.coord_check import (
     CoordCheck,
     coord_check,
     holds,
+    next_token_loss,
     predictions,
     resnet_builder,
+    transformer_builder,
 )
 from depthnet.diagnostics.fits import Interval
 from depthnet.scaling import Parametrization, torch_param_groups
@@ -65,16 +68,16 @@ def test_right_parametrizations_pass(parametrization, options, shapes, data, bat
     assert all("farthest is" in words for words in check.words)
 
 
-def tampered(build, change):
+def tampered(build, change, base=BASE):
     """A builder whose models and optimizers `change(model, hidden group, r_n, r_L)` spoils."""
 
     def spoiled(width, depth, seeds):
         model, optimizer = build(width, depth, seeds)
         hidden = next(group for group in optimizer.param_groups if group["name"] == "hidden")
-        change(model, hidden, width / BASE["base_width"], depth / BASE["base_depth"])
+        change(model, hidden, width / base["base_width"], depth / base["base_depth"])
         return model, optimizer
 
-    spoiled.populations = True
+    spoiled.populations = getattr(build, "populations", False)
     return spoiled
 
 
@@ -300,3 +303,93 @@ def test_bad_arguments_of_the_builder_are_named(data):
         resnet_builder(data, optimizer="adamv")
     with pytest.raises(ValueError, match="lr must be a finite number"):
         resnet_builder(data, lr=math.nan)
+
+
+class Cycles:
+    """Text of few words in random order: batches as depthnet.data.tokens has them."""
+
+    vocabulary = 32
+
+    def batch(self, seed, step, size, length):
+        generator = torch.Generator().manual_seed(1000 * seed + step)
+        words = torch.randint(32, (8, 4), generator=torch.Generator().manual_seed(0))
+        drawn = torch.randint(8, (size, length // 4 + 1), generator=generator)
+        text = words[drawn].flatten(1)
+        return text[:, :length], text[:, 1 : length + 1]
+
+
+LANGUAGE = Cycles()
+LANGUAGE_BASE = {"base_width": 64, "base_depth": 4}
+LANGUAGE_ONLY = {
+    axis: {"widths": (64,), "depths": (4,), "seeds": 5, "steps": 1, **LANGUAGE_BASE, **points}
+    for axis, points in (("width", {"widths": (64, 128, 256)}), ("depth", {"depths": (8, 16, 32)}))
+}
+
+
+def check_transformer(build, axis, claimed, **options):
+    return coord_check(
+        build,
+        [LANGUAGE.batch(0, 0, 16, 16)],
+        parametrization=claimed,
+        blocks="layers.*",
+        loss=next_token_loss,
+        **LANGUAGE_ONLY[axis],
+        **options,
+    )
+
+
+def small_transformers(parametrization, **options):
+    return transformer_builder(LANGUAGE, parametrization, head_size=16, **LANGUAGE_BASE, **options)
+
+
+@pytest.mark.parametrize(
+    ("parametrization", "options", "axis"),
+    [
+        # At the base depth, along the width, every preset with a width rule is the same network.
+        ("mup", {}, "width"),
+        ("completep", {"biases": True}, "depth"),
+        ("depth_mup", {"norm": "rms", "mlp": "abs"}, "depth"),
+        ((0.75, 0.25), {}, "depth"),
+        ("half_zero", {"blocks_alone": True}, "depth"),
+    ],
+)
+def test_transformers_pass(parametrization, options, axis):
+    alone = {"blocks_alone": options.get("blocks_alone", False)}
+    build = small_transformers(parametrization, **options)
+    check = check_transformer(build, axis, parametrization, **alone)
+    assert check.passed, check.words
+
+
+def test_transformers_without_a_width_rule_fail_in_width():
+    check = check_transformer(small_transformers("standard"), "width", "completep")
+    assert not check.passed
+    assert {"gradient", "weight_change", "stream_change"} <= wrong(check, "width")
+    honest = replace(check, parametrization=Parametrization.of("standard"))
+    assert not honest.passed
+    assert "cannot pass: no width rule" in honest.words[0]
+
+
+def test_transformers_without_a_depth_rule_fail_in_depth():
+    check = check_transformer(small_transformers("mup"), "depth", "completep")
+    assert not check.passed
+    assert {"branch", "gradient", "stream_change"} <= wrong(check, "depth")
+    stream = next(row for row in check.rows if row["quantity"] == "stream_change")
+    assert stream["low"] > 0.5  # branches that point the same way after one step
+    honest = replace(check, parametrization=Parametrization.of("mup"))
+    assert not honest.passed
+    assert "unstable at initialization" in honest.words[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "axis", "named"),
+    [
+        (scale("lr_scale", lambda r_n, r_L: r_n), "width", {"weight_change", "stream_change"}),
+        (scale("eps_scale", lambda r_n, r_L: r_L), "depth", {"weight_change"}),
+    ],
+    ids=["lr in width", "eps in depth"],
+)
+def test_a_broken_rule_of_a_transformer_is_found(change, axis, named):
+    build = tampered(small_transformers("completep"), change, LANGUAGE_BASE)
+    check = check_transformer(build, axis, "completep")
+    assert not check.passed
+    assert named <= wrong(check, axis)

@@ -1,10 +1,12 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from depthnet.scaling import PRESETS, Parametrization
+from depthnet.scaling.parametrization import ROLES
 
 SHAPES = [
     (128, 8),
@@ -63,6 +65,19 @@ def test_the_table(name, width, depth):
         assert close(r.eps_scale(), 1 / (r_n * r_L**alpha))
         assert r.weight_decay_scale("adamw") == 0
 
+    r = rule(name, "final_norm", width, depth)
+    assert r.lr_scale("adamw") == 1
+    assert close(r.eps_scale(), 1 / r_n)
+    assert r.weight_decay_scale("adamw") == 0
+
+    tied, embedding = (
+        Parametrization.of(name).rule(role, fan_in=1, width=width, depth=depth, input_std=0.02)
+        for role in ("tied", "input")
+    )
+    assert close(tied.multiplier, 1 / r_n)
+    assert tied.init_std == embedding.init_std == 0.02
+    assert tied == replace(embedding, multiplier=tied.multiplier)
+
 
 @pytest.mark.parametrize(
     ("name", "alpha", "gamma"),
@@ -90,15 +105,48 @@ def test_depth_mup_in_numbers():
     assert r.weight_decay_scale("adamw") == 16
 
 
-def test_completep_in_numbers():
-    """Table 1 of arXiv 2505.01618 with alpha = 1, widths 4 x and depths 16 x the base's."""
-    r = rule("completep", "hidden", 512, 128)
-    assert r.lr_scale("adamw") == 1 / 4
-    assert r.eps_scale() == 1 / 64
-    assert r.weight_decay_scale("adamw") == 4
-    assert math.isclose(r.multiplier, 8**-0.5 / 16)
-    assert rule("completep", "norm", 512, 128).lr_scale("adamw") == 1
-    assert rule("completep", "bias", 512, 128).lr_scale("adamw") == 1
+@pytest.mark.parametrize(("name", "alpha"), [("completep", 1.0), ("depth_mup", 0.5)])
+def test_completeps_table(name, alpha):
+    """Table 1 of arXiv 2505.01618, row by row: width 4 x and depth 16 x the base's."""
+    width, depth, m_n, m_l = 512, 128, 4, 16
+    close = math.isclose
+
+    embedding = rule(name, "input", width, depth)
+    assert embedding.lr_scale("adamw") == 1
+    assert embedding.init_std == rule(name, "input", 128, 8).init_std
+    assert embedding.weight_decay_scale("adamw") == 1
+
+    for role in ("norm", "bias"):
+        block = rule(name, role, width, depth)
+        assert close(block.lr_scale("adamw"), m_l ** (alpha - 1))
+        assert close(block.eps_scale(), m_l**-alpha / m_n)
+        assert not block.decays
+
+    hidden, base = rule(name, "hidden", width, depth), rule(name, "hidden", 128, 8)
+    assert close(hidden.init_std**2, base.init_std**2 / m_n)
+    assert close(hidden.lr_scale("adamw"), m_l ** (alpha - 1) / m_n)
+    assert close(hidden.multiplier, base.multiplier * m_l**-alpha)
+    assert close(hidden.eps_scale(), m_l**-alpha / m_n)
+    # Theirs is m_n alone: learning rate times decay then falls with depth, unless alpha is 1.
+    assert close(hidden.weight_decay_scale("adamw"), m_n * m_l ** (1 - alpha))
+
+    final = rule(name, "final_norm", width, depth)
+    assert final.lr_scale("adamw") == 1
+
+    # Theirs are W / m_n, with W of standard deviation s and learning rate eta.
+    output, base = (rule(name, "output", *s, output_std=0.3) for s in ((width, depth), (128, 8)))
+    assert close(output.init_std, base.init_std / m_n)
+    assert close(output.lr_scale("adamw"), 1 / m_n)
+    assert close(output.lr_scale("adamw") * output.weight_decay_scale("adamw"), 1)
+
+    # q.k / head_size, up to a constant.
+    scales = [PRESETS[name].attention_scale(size, 64) for size in (64, 128)]
+    assert scales == [64**-0.5, 64**-0.5 / 2]
+
+
+def test_attention_scale_without_a_width_rule_is_the_usual_one():
+    assert PRESETS["standard"].attention_scale(64, 16) == 1 / 8
+    assert PRESETS["mup"].attention_scale(64) == 1 / 8
 
 
 def test_depth_mups_multiplier_is_exactly_one_over_root_depth():
@@ -107,7 +155,7 @@ def test_depth_mups_multiplier_is_exactly_one_over_root_depth():
 
 
 def test_all_presets_agree_at_the_base_shape():
-    for role in ("input", "hidden", "output", "bias", "norm"):
+    for role in ROLES:
         rules = [rule(name, role, 128, 8, output_std=0.1) for name in PRESETS]
         assert all(r == rules[0] for r in rules)
 
@@ -158,6 +206,7 @@ def test_bad_shapes_and_multipliers():
         ({"width": 0}, "width must be at least 1"),
         ({"depth": -2}, "depth must be at least 0"),
         ({"output_std": -1.0}, "output_std must not be negative"),
+        ({"input_std": -1.0}, "input_std must not be negative"),
         ({"block_multiplier": math.inf}, "block_multiplier must be a finite number"),
     ):
         with pytest.raises(ValueError, match=words):
