@@ -1,6 +1,12 @@
 """Measurements of networks: what their parametrization promises, and what they do."""
 
-from depthnet.diagnostics.coord_check import CoordCheck, coord_check, resnet_builder
+from depthnet.diagnostics.coord_check import (
+    CoordCheck,
+    coord_check,
+    next_token_loss,
+    resnet_builder,
+    transformer_builder,
+)
 from depthnet.diagnostics.diversity import (
     FeatureDiversity,
     Neighbors,
@@ -24,9 +30,11 @@ __all__ = [
     "feature_diversity",
     "gradient_diversity",
     "linearization",
+    "next_token_loss",
     "phase_diagram",
     "quadratic_variation",
     "residual_stream",
     "resnet_builder",
+    "transformer_builder",
     "update_diversity",
 ]

@@ -1,4 +1,4 @@
-"""Does each layer act as its linearization in its weights' update?  (Claim 7.6.)"""
+"""Does each block act as its linearization in its weights' update?  (Claim 7.6 and section 9.)"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from depthnet.diagnostics.stream import find_blocks, residual_stream
 from depthnet.kernels import slopes
-from depthnet.kernels.reference import slope, subtract_mean
+from depthnet.kernels.reference import row_norm, slope, subtract_mean
 from depthnet.nn import ResNet
 
 
@@ -19,15 +19,23 @@ from depthnet.nn import ResNet
 class Linearization:
     """What training changed in each block, and how much of it is not linear in the weights' update.
 
-    Both are float64 (L, *P), root mean squares over inputs and coordinates, times L: a block may
-    contribute 1/L to the stream.
+    All are float64, root mean squares over inputs and coordinates, times L: a block may contribute 1/L
+    to the stream.  Of a ResNet whose blocks are x + m MS(b(W, x)), with x = x_t^(l-1):
 
-    change: L m MS(phi(W_t x) - phi(W_0 x)), with x = x_t^(l-1) and m the branch multiplier.
-    remainder: L m MS(phi(W_t x) - phi(W_0 x) - phi'(W_0 x) o ((W_t - W_0) x)).
+    change: (L, *P), L m MS(b(W_t, x) - b(W_0, x)).
+    remainder: (L, *P), its part that is not linear in W_t - W_0.
+    linear: (k, L, *P), its part that is linear in the update of a block's j-th layer alone.
+    products: (L, *P), its part that is of second or higher order in the updates while every phi' stays
+        as it was: products of updates of several layers, 0 in blocks of one layer.  The rest of the
+        remainder is due to kinks of phi.
+
+    The last two are None for modules other than a ResNet.
     """
 
     change: np.ndarray
     remainder: np.ndarray
+    linear: np.ndarray | None = None
+    products: np.ndarray | None = None
 
     @property
     def relative(self) -> np.ndarray:
@@ -37,7 +45,7 @@ class Linearization:
 
     @property
     def network_remainder(self) -> np.ndarray:
-        """(*P), the remainder's root mean square over layers.
+        """(*P), the remainder's root mean square over blocks.
 
         On the line alpha + gamma = 1 it follows L^(1 - alpha - 3/2 gamma) at a kink of phi: it falls
         if alpha is in [1/2, 1), and stays at alpha = 1.
@@ -47,8 +55,15 @@ class Linearization:
     @property
     def network_relative(self) -> np.ndarray:
         """(*P), the same, relative to the change's: it follows L^(-gamma / 2)."""
-        with np.errstate(invalid="ignore"):
-            return _rms(self.remainder) / _rms(self.change)
+        return _ratio(self.remainder, self.change)
+
+    @property
+    def network_products(self) -> np.ndarray | None:
+        """(*P), the products' root mean square over blocks, relative to the change's.
+
+        With two layers a block it follows L^-gamma, or falls faster: see docs/theory.md.
+        """
+        return None if self.products is None else _ratio(self.products, self.change)
 
 
 def linearization(
@@ -62,7 +77,7 @@ def linearization(
 
     Args:
         model: as it is now.
-        weights_before: a copy of what it was: of a ResNet model.blocks.weight, (*P, L, n, n); of other
+        weights_before: a copy of what it was: of a ResNet model.blocks.weight, (*P, L k, n, n); of other
             modules model.state_dict(), of which the parameters in blocks are used.
         inputs: what the model is called with.
         blocks: of modules other than a ResNet, their residual blocks or a pattern of their names, see
@@ -112,21 +127,55 @@ def _of_resnet(model: ResNet, weights_before: Tensor, inputs: Tensor) -> Lineari
             f"got {shape if shape is None else tuple(shape)}"
         )
     stream = residual_stream(model, inputs)
-    after = stream.h
-    before = stream.x[:-1] @ weights_before.detach().movedim(-3, 0).mT
     p, q = slopes(blocks.activation)
-    slope_after, slope_before = (slope(h >= 0, p, q, h.dtype) for h in (after, before))
-    # phi(h) = phi'(h) h, so that nothing is left where no sign changes, not even rounding.
-    remainder = (slope_after - slope_before) * after
-    change = slope_after * after - slope_before * before
+
+    def gate(h: Tensor) -> Tensor:  # phi(h) = phi'(h) h
+        return slope(h >= 0, p, q, h.dtype)
+
+    def by_layer(weight: Tensor) -> Tensor:  # (*P, L k, n, n) -> (k, L, *P, n, n)
+        layers = weight.detach().unflatten(-3, (stream.depth, blocks.block_depth))
+        return layers.movedim((-3, -4), (0, 1)).mT
+
+    # What a block computes is start + sum(linear) + products + kinks, layer by layer: with the weights
+    # and gates of before; linear in one layer's update; the rest, while gates are as before; and what
+    # gates change, which is exactly 0 where no sign does.
+    start = stream.x[:-1]
+    if blocks.norm:
+        start = row_norm(start, blocks.norm)[0]
+    if blocks.activate == "before":
+        start = start * gate(start)
+    linear: list[Tensor] = []
+    products = kinks = torch.zeros_like(start)
+    now = stream.h.unflatten(0, (stream.depth, blocks.block_depth)).unbind(1)
+    weights = zip(by_layer(weights_before), by_layer(blocks.weight), strict=True)
+    for layer, (before, after) in enumerate(weights):
+        update = after - before
+        products = products @ after + sum(z @ update for z in linear)
+        linear = [*(z @ before for z in linear), start @ update]
+        start, kinks = start @ before, kinks @ after
+        if blocks.activate == "after" or layer + 1 < blocks.block_depth:
+            was, h = gate(start), now[layer]
+            start, products, kinks = start * was, products * was, kinks * was + (gate(h) - was) * h
+            linear = [z * was for z in linear]
+
     multiplier = stream.depth * torch.as_tensor(blocks.scale, dtype=torch.float64).abs().cpu()
 
     def size(z: Tensor) -> np.ndarray:
         z = subtract_mean(z, blocks.mean_subtract).double()
         return (multiplier * z.square().mean((-2, -1)).sqrt().cpu()).numpy()
 
-    return Linearization(change=size(change), remainder=size(remainder))
+    return Linearization(
+        change=size(sum(linear) + products + kinks),
+        remainder=size(products + kinks),
+        linear=np.stack([size(z) for z in linear]),
+        products=size(products),
+    )
 
 
-def _rms(layers: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.square(layers).mean(0))
+def _rms(blocks: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.square(blocks).mean(0))
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return _rms(part) / _rms(whole)
