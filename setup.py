@@ -27,6 +27,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 PER_ISA = [
     "csrc/cpu/residual.cpp",
+    "csrc/cpu/residual_norm.cpp",
     "csrc/cpu/stack.cpp",
     "csrc/cpu/linear.cpp",
     "csrc/cpu/optimizer.cpp",

@@ -29,7 +29,7 @@ from stack_kernels import KERNELS, TYPES, variant
 from depthnet.kernels import planning
 from depthnet.kernels.chips import CHIPS
 from depthnet.kernels.planning import Launch, Tile
-from depthnet.kernels.triton import optimizer, residual
+from depthnet.kernels.triton import norm, optimizer, residual
 from depthnet.kernels.triton.stack import FINISH_COLUMNS, FINISH_ROWS
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,6 +39,8 @@ FUNCTIONS = {
     **KERNELS,
     "residual_forward": residual.residual_forward_kernel,
     "residual_backward": residual.residual_backward_kernel,
+    "residual_norm_forward": norm.residual_norm_forward_kernel,
+    "residual_norm_backward": norm.residual_norm_backward_kernel,
     "adam_step": optimizer.optimizer_step_kernel,
     "sgd_step": optimizer.optimizer_step_kernel,
     "gradient_norm": optimizer.gradient_norm_kernel,
@@ -289,6 +291,51 @@ def residual_case(kernel: str, name: str, n: int, **arrays: str) -> KernelCase:
     )
 
 
+NORM_ARRAYS = {  # of the stream, and of the branch
+    "residual_norm_forward": (("x", "s"), ("branch", "y")),
+    "residual_norm_backward": (("s", "grad_s", "grad_x"), ("grad_y", "grad_branch")),
+}
+
+
+def residual_norm_cases() -> Iterator[KernelCase]:
+    """The operator residual_norm with a layer norm and its weight, as a transformer has it."""
+    for stream, branch in (("bfloat16",) * 2, ("float32",) * 2, ("float32", "bfloat16")):
+        for n in (*WIDTHS[1:], 4096, 16384):
+            for kernel in NORM_ARRAYS:
+                yield residual_norm_case(kernel, stream, branch, n)
+
+
+def residual_norm_case(kernel: str, stream: str, branch: str, n: int) -> KernelCase:
+    forward = kernel == "residual_norm_forward"
+    rows, columns, warps = norm.tile(n, 4)
+    of_stream, of_branch = NORM_ARRAYS[kernel]
+    sums = {"bias"} if forward else {"weight_sums", "bias_sums"}
+    pointers = {"statistics", "weight", *sums} - {"bias", "bias_sums"}
+    return KernelCase(
+        kernel=kernel,
+        variant=f"{stream}, branch {branch}, n {n}",
+        signature={
+            **dict.fromkeys(of_stream, f"*{TYPES[stream]}"),
+            **dict.fromkeys(of_branch, f"*{TYPES[branch]}"),
+            **dict.fromkeys(pointers, "*fp32"),
+            **dict.fromkeys(("rows", "pieces"), "i32"),
+            **dict.fromkeys(("scale", "eps") if forward else ("scale",), "fp64"),
+        },
+        constants={
+            "bias" if forward else "bias_sums": None,
+            "CENTER": True,
+            "UNIT": 8,
+            "ROWS": rows,
+            "COLS": columns,
+            "LONG": n > columns,
+        },
+        warps=warps,
+        stages=STAGES,
+        bytes_per_element=len(of_stream) * ITEM_BYTES[stream] + len(of_branch) * ITEM_BYTES[branch],
+        launches=1 if forward else 2,
+    )
+
+
 # Arrays of which a thread accesses less than 128 bits at once, and why that has to be.
 NARROW = {
     "signs": "the signs of 32 elements, or of 8, are a word",
@@ -296,6 +343,13 @@ NARROW = {
     "y_sums": "one a row",
     "g_sums": "one a row",
     "counters": "a handful",
+    "statistics": "one or two a row",
+}
+# In rows of up to so many elements the compiler stores in the layout that sums of rows are found in.
+SHORT_ROWS = 256
+OF_SHORT_ROWS = {
+    "residual_norm_forward": {"s"},
+    "residual_norm_backward": {"weight", "weight_sums", "s"},
 }
 NARROW_ON_AMD = {
     "operands": "stored as the matrix instructions leave sums, four elements a thread side by side",
@@ -313,6 +367,8 @@ TRANSPOSED_TF32 = {
 def unexplained(case: KernelCase, arch: str, below_128: dict[str, int]) -> list[str]:
     """The arrays of which a thread has more in its part of a tile than it accesses at once."""
     known = set(NARROW)
+    if case.constants.get("COLS", math.inf) <= SHORT_ROWS:
+        known |= OF_SHORT_ROWS.get(case.kernel, set())
     if TARGETS[arch].backend == "hip":
         known |= NARROW_ON_AMD.keys()
     elif arch != "sm_80" and case.constants.get("PRECISION") == "tf32":
@@ -435,6 +491,7 @@ def main() -> int:
         for case in (
             *(case for dtype in KINDS for n in WIDTHS for case in stack_cases(arch, dtype, n)),
             *residual_cases(),
+            *residual_norm_cases(),
             *OPTIMIZER_CASES,
         )
     }

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import depthnet
 from depthnet.kernels import device_tables, dispatch
-from depthnet.kernels.triton import optimizer, residual, stack
+from depthnet.kernels.triton import norm, optimizer, residual, stack
 
 ROWS, FEATURES, WIDTH, CLASSES = 8, 16, 64, 10
 
@@ -64,7 +64,7 @@ def without_launches() -> Iterator[list[Launch]]:
     """What Triton's kernels are launched for inside the `with` block, where they do nothing."""
     launched = []
     with ExitStack() as patches:
-        for module in (optimizer, residual, stack):
+        for module in (norm, optimizer, residual, stack):
             for name in vars(module):
                 if name.endswith("_kernel"):
                     recorder = Recorder(name.removesuffix("_kernel"), launched)

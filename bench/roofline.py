@@ -26,11 +26,13 @@ import plot
 import torch
 from common import computes, print_table, write_csv
 from stack import CLASSES, FEATURES, GPU_SHAPES, PlainResNet
-from torch import Tensor
+from torch import Tensor, nn
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.exc import InductorError
+from torch._inductor.ir import MultiOutput
+from torch._inductor.scheduler import NopKernelSchedulerNode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -120,17 +122,34 @@ def depthnet_around(n: int, depth: int, rows: int) -> Counter:
 
 @cache
 def fused(n: int, depth: int, rows: int) -> Counter:
-    """The kernels of forward and backward after inductor's fusion, none of which is generated."""
+    return after_fusion(lambda: PlainResNet(n, depth), lambda model: loss_of(model, rows))
+
+
+def after_fusion(build: Callable[[], nn.Module], loss: Callable[[Callable], Tensor]) -> Counter:
+    """The kernels of forward and backward after inductor's fusion, none of which is generated.
+
+    loss: of the compiled model.
+    """
     kernels = Counter()
 
     class Counted(Exception):
         pass
 
     def count(nodes):
-        kernels.update(
-            Kernel(node.estimate_flops() or 0, node.get_read_write_buffers_sizes())
-            for node in nodes
-        )
+        # What an operator with several results writes is found at its results, which are no kernels.
+        written: dict[str, int] = Counter()
+        for node in nodes:
+            if isinstance(node.node, MultiOutput):
+                layout = node.node.get_layout()
+                written[node.node.inputs[0].get_name()] += (
+                    math.prod(map(int, layout.size)) * layout.dtype.itemsize
+                )
+        for node in nodes:
+            if not isinstance(node, NopKernelSchedulerNode) and not isinstance(
+                node.node, MultiOutput
+            ):
+                moved = node.get_read_write_buffers_sizes() + written[node.get_name()]
+                kernels[Kernel(node.estimate_flops() or 0, moved)] += 1
         raise Counted
 
     def compile_inner(graph, inputs, **options):
@@ -144,8 +163,8 @@ def fused(n: int, depth: int, rows: int) -> Counter:
     torch._dynamo.reset()
     caches = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
     with config.patch(_post_fusion_custom_pass=count, **caches), FakeTensorMode():
-        model = torch.compile(PlainResNet(n, depth), backend=backend, fullgraph=True, dynamic=False)
-        loss_of(model, rows).backward()
+        model = torch.compile(build(), backend=backend, fullgraph=True, dynamic=False)
+        loss(model).backward()
     return kernels
 
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <memory>
 #include <vector>
 
 #include "cpu/embedding.h"
@@ -74,6 +75,60 @@ void residual_backward(int dtype, int64_t members, int64_t rows, int64_t n, uint
                 address<uint8_t>(signs), 0, grad_stride, out_stride, signs_stride, scale,
                 address<const double>(scales), p, q, mean_subtract},
                threads);
+}
+
+void residual_norm_forward(int dtype, int branch_dtype, bool center, int64_t rows, int64_t n, uintptr_t x,
+                           uintptr_t branch, uintptr_t s, uintptr_t y, uintptr_t statistics,
+                           uintptr_t weight, uintptr_t bias, double scale, double eps, int threads) {
+  const ResidualNorm r = {rows, n, address<void>(x), address<void>(branch), address<void>(s),
+                          address<void>(y), address<void>(statistics), address<void>(weight),
+                          address<void>(bias), scale, eps};
+  const auto forward = selected->residual_norm[center][dtype][branch_dtype].forward;
+  py::gil_scoped_release nogil;
+  parallel_for(threads, rows, 1 + kElementsPerThread / (n + 1),
+               [&](int64_t begin, int64_t end, int) { forward(r, begin, end); });
+}
+
+// sums[i] = the sum of parts[part][i], in the order of the parts.
+template <class C>
+void add_up(const C* parts, int64_t count, int64_t n, C* sums) {
+  std::fill_n(sums, n, C(0));
+  for (int64_t part = 0; part < count; ++part)
+    for (int64_t i = 0; i < n; ++i) sums[i] += parts[part * n + i];
+}
+
+// weight_grad and bias_grad may be null.
+template <class C>
+void run_residual_norm_backward(const ResidualNormKernel& kernel, ResidualNormBackward r, C* weight_grad,
+                                C* bias_grad, int threads) {
+  constexpr int64_t kLeastChunk = 32, kMostChunks = 128;  // short chains of sums are accurate ones
+  r.chunk = std::max(kLeastChunk, (r.rows + kMostChunks - 1) / kMostChunks);
+  const int64_t chunks = (r.rows + r.chunk - 1) / r.chunk;
+  const std::unique_ptr<C[]> parts(new C[size_t(chunks * r.n) * (bool(weight_grad) + bool(bias_grad))]);
+  C* const bias_parts = parts.get() + (weight_grad ? chunks * r.n : 0);
+  r.weight_sums = weight_grad ? parts.get() : nullptr;
+  r.bias_sums = bias_grad ? bias_parts : nullptr;
+  parallel_for(threads, chunks, 1 + kElementsPerThread / (r.chunk * r.n + 1),
+               [&](int64_t begin, int64_t end, int) { kernel.backward(r, begin, end); });
+  if (weight_grad) add_up(parts.get(), chunks, r.n, weight_grad);
+  if (bias_grad) add_up(bias_parts, chunks, r.n, bias_grad);
+}
+
+void residual_norm_backward(int dtype, int branch_dtype, bool center, int64_t rows, int64_t n,
+                            uintptr_t grad_s, uintptr_t grad_y, uintptr_t s, uintptr_t statistics,
+                            uintptr_t weight, uintptr_t grad_x, uintptr_t grad_branch, uintptr_t weight_grad,
+                            uintptr_t bias_grad, double scale, int threads) {
+  ResidualNormBackward r{};
+  r.rows = rows, r.n = n, r.scale = scale;
+  r.grad_s = address<void>(grad_s), r.grad_y = address<void>(grad_y);
+  r.s = address<void>(s), r.statistics = address<void>(statistics), r.weight = address<void>(weight);
+  r.grad_x = address<void>(grad_x), r.grad_branch = address<void>(grad_branch);
+  const ResidualNormKernel& kernel = selected->residual_norm[center][dtype][branch_dtype];
+  py::gil_scoped_release nogil;
+  if (dtype == kFloat64)
+    run_residual_norm_backward(kernel, r, address<double>(weight_grad), address<double>(bias_grad), threads);
+  else
+    run_residual_norm_backward(kernel, r, address<float>(weight_grad), address<float>(bias_grad), threads);
 }
 
 Stack stack_of(int64_t members, int64_t depth, int64_t rows, int64_t n, uintptr_t weight,
@@ -181,6 +236,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("have_threads", &have_threads);
   m.def("residual_forward", &residual_forward);
   m.def("residual_backward", &residual_backward);
+  m.def("residual_norm_forward", &residual_norm_forward);
+  m.def("residual_norm_backward", &residual_norm_backward);
   m.def("residual_stack_forward", &residual_stack_forward);
   m.def("residual_stack_backward", &residual_stack_backward);
   m.def("linear", &linear);

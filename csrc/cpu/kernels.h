@@ -26,6 +26,33 @@ struct Residual {
 // Handles the rows begin .. end of members * rows.
 using ResidualKernel = void (*)(const Residual&, int64_t begin, int64_t end);
 
+// s = x + scale * branch over rows of n elements, and y = (s - mean) * rstd * weight + bias, with the mean
+// over the row or 0.  All is contiguous; x and s are of one storage type, branch and y of another.
+struct ResidualNorm {
+  int64_t rows, n;
+  const void *x, *branch;
+  void *s, *y;
+  void* statistics;           // compute type: the means of all rows, if any, and their rstd; may be null
+  const void *weight, *bias;  // compute type, n elements; may be null
+  double scale, eps;
+};
+
+// Its backward pass.  Rows are cut into chunks, in a way that does not depend on the number of threads.
+struct ResidualNormBackward {
+  int64_t rows, n;
+  const void *grad_s, *grad_y;  // grad_s may be null
+  const void *s, *statistics, *weight;
+  void *grad_x, *grad_branch;
+  void *weight_sums, *bias_sums;  // compute type (chunks, n): sums over each chunk's rows; may be null
+  int64_t chunk;                  // rows
+  double scale;
+};
+
+struct ResidualNormKernel {
+  void (*forward)(const ResidualNorm&, int64_t row_begin, int64_t row_end);
+  void (*backward)(const ResidualNormBackward&, int64_t chunk_begin, int64_t chunk_end);
+};
+
 // The layers layer_begin .. layer_end of  h = x W^T,  x <- x + scale * (phi(h) - mean(phi(h)))  in
 // `members` networks, and their backward pass.  Tensors are contiguous but for the strides that are given,
 // in elements.  The stream type is that which the storage type is computed in.
@@ -116,6 +143,8 @@ struct Isa {
   const char* name;
   const ResidualKernel* residual_forward;   // each an array over the dtypes
   const ResidualKernel* residual_backward;
+  // [whether there is a mean][storage type of x][that of branch], of which both are the same or x's is float.
+  const ResidualNormKernel (*residual_norm)[kDTypes][kDTypes];
   const StackKernel* residual_stack;
   const ProductKernel* product;  // of float and double
   const AdamKernel* adam_step;
@@ -128,6 +157,7 @@ struct Isa {
   namespace isa {                                              \
   extern const ResidualKernel residual_forward[kDTypes];       \
   extern const ResidualKernel residual_backward[kDTypes];      \
+  extern const ResidualNormKernel residual_norm[2][kDTypes][kDTypes]; \
   extern const StackKernel residual_stack[kDTypes];            \
   extern const ProductKernel product[2];                       \
   extern const AdamKernel adam_step[kDTypes];                  \

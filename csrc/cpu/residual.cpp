@@ -3,18 +3,11 @@
 #include "kernels.h"
 #include "math/homogeneous.h"
 #include "simd.h"
+#include "sums.h"
 
 namespace depthnet {
 namespace DEPTHNET_ISA {
 namespace {
-
-// Sums are kept in vectors for this many elements, then added up in double precision.
-constexpr int64_t kSumBlock = 4096;
-
-template <class C>
-double total(const Vec<C>* partial) {
-  return double(sum<C>((partial[0] + partial[1]) + (partial[2] + partial[3])));
-}
 
 // Calls step(values, offset, valid, partial) for each step of a row, the last one padded with zeros, and
 // returns the sum of what the calls add to their partial sums.

@@ -16,6 +16,8 @@ from torch import Tensor
 
 OPS = {  # the operators and the files that they are in
     "optimizer_step_": "optimizer",
+    "residual_norm": "norm",
+    "residual_norm_backward": "norm",
     "residual_stack": "stack",
     "residual_stack_backward": "stack",
     "scaled_residual": "residual",

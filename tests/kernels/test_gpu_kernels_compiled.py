@@ -57,6 +57,14 @@ def test_adam(arch, dtype):
     assert_compiled_well(gpu_audit.step_case("adam", dtype, states=2), arch)
 
 
+@pytest.mark.parametrize("kernel", list(gpu_audit.NORM_ARRAYS))
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_residual_norm(arch, kernel):
+    case = gpu_audit.residual_norm_case(kernel, "float32", "bfloat16", 1024)
+    row = assert_compiled_well(case, arch)
+    assert {"s", "weight"} <= set(row["arrays_128"].split(", ")), row
+
+
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 def test_scaled_residual(arch):
     arrays = {"x": "bfloat16", "h": "bfloat16", "y": "bfloat16"}
