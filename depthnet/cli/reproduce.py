@@ -23,27 +23,34 @@ def add_verbs(verbs) -> None:
     add("--list", action="store_true", help="list all studies")
     add("--set", nargs="+", action="append", default=[], metavar=("KEY", "VALUE"),
         help="change a setting, such as: --set steps 1000 --set depths 64 256")  # fmt: skip
+    add("--full", action="store_true",
+        help="the paper's own settings; --set data_dir DIR says where CIFAR-10 is")  # fmt: skip
     add("--out", metavar="DIR",
-        help="results go here, by default runs/NAME; a stopped study goes on from here")  # fmt: skip
+        help="results go here, by default runs/NAME, with --full runs/NAME-full; a stopped study goes "
+        "on from here")  # fmt: skip
 
 
 def run_reproduce(options: argparse.Namespace) -> int:
     from depthnet.reproduce.registry import STUDIES, study
+    from depthnet.reproduce.study import state
 
     if options.list or options.name is None:
         table = rich_table()
-        for heading in ("name", "study", "the paper's claim"):
+        for heading in ("name", "study", "the paper's claim", "in runs/"):
             table.add_column(heading, overflow="fold")
         for name, entry in STUDIES.items():
             try:
-                title = entry.load().title
+                kind = entry.load()
+                title, found = kind.title, state(kind, f"runs/{name}")
             except ImportError as error:
-                title = str(error)
-            table.add_row(name, title, entry.claim)
+                title, found = str(error), ""
+            table.add_row(name, title, entry.claim, found)
         console().print(table, highlight=False, markup=False)
         return 0
     kind = study(options.name)
-    return run_study(kind(**_settings(kind, options.set)), options.out or f"runs/{options.name}")
+    settings = {**(kind.full() if options.full else {}), **_settings(kind, options.set)}
+    out = options.out or f"runs/{options.name}{'-full' * options.full}"
+    return run_study(kind(**settings), out)
 
 
 def _settings(kind: type, changes: list[list[str]]) -> dict:

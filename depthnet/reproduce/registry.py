@@ -68,6 +68,56 @@ STUDIES = {
         "Of all phi(h) = p max(h, 0) + q max(-h, 0), |h| has the most diverse gradients; it trains better "
         "than relu (section 8.3, figure 3).",
     ),
+    "fig10": Entry(
+        "learning_rates:Fig10",
+        "Under Depth-muP the best learning rate stays and deeper is better; under (1/2, 0) and (0, 0) it "
+        "moves, and under (0, 0) depth hurts (figure 10).",
+    ),
+    "fig11": Entry(
+        "learning_rates:Fig11",
+        "Under (1, 0) the best learning rate rises with depth, and losses are above those of Depth-muP "
+        "(figure 11).",
+    ),
+    "fig12": Entry(
+        "learning_rates:Fig12",
+        "With |x| and pre-LN, too, learning rates transfer under Depth-muP, not under (1/2, 0) "
+        "(figure 12).",
+    ),
+    "fig13": Entry(
+        "learning_rates:Fig13", "The best block multiplier converges as depth grows (figure 13)."
+    ),
+    "fig2": Entry(
+        "learning_rates:Fig2",
+        "Blocks W phi(x) gain nothing beyond 8 layers and are worse than phi(W x) (figure 2).",
+    ),
+    "fig3": Entry("learning_rates:Fig3", "At every depth |x| trains better than relu (figure 3)."),
+    "fig4": Entry(
+        "blocks:Fig4",
+        "With relu, blocks of two layers are worse early in training than as many layers in blocks of "
+        "one, and catch up (figure 4).",
+    ),
+    "fig5": Entry(
+        "blocks:Fig5", "With |x| and pre-LN, blocks of two layers do not catch up (figure 5)."
+    ),
+    "fig6": Entry(
+        "blocks:Fig6",
+        "With blocks of two layers the best learning rate moves with depth, under Depth-muP too "
+        "(figure 6).",
+    ),
+    "fig21": Entry(
+        "blocks:Fig21",
+        "With blocks of two layers the best learning rate moves at every time of training (figure 21).",
+    ),
+    "fig7": Entry(
+        "blocks:Fig7",
+        "With blocks of two layers, twice the learning rate goes with a quarter of the multiplier in "
+        "shallow networks, with half of it in deep ones (figure 7).",
+    ),
+    "line": Entry(
+        "blocks:Line",
+        "With blocks of two layers no parametrization keeps all that Depth-muP keeps with one "
+        "(section 9); does the best learning rate move under all with alpha + gamma = 1?",
+    ),
 }
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -63,10 +64,24 @@ class Study(ABC):
     """A dataclass of settings with these.
 
     name: of its folder and picture. title: one line for lists and headings.
+    shared: None, or what stands for `name` in the name of the folder of its jobs, which it then shares
+        with other studies of the same settings: what one has trained the others need not.
+    device: of torch, that it runs on.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
+    shared: ClassVar[str | None] = None
+    device: ClassVar[str] = "cpu"
+
+    @classmethod
+    def full(cls) -> dict[str, Any]:
+        """The settings of the paper's own run that are not the defaults.
+
+        Raises:
+            ValueError: there is no other run than the default one.
+        """
+        raise ValueError(f"full: {cls.name} has no larger run than that of its defaults")
 
     def data_source(self) -> dict[str, Any] | None:
         """Where the data came from, to be recorded; None for a study without data."""
@@ -114,11 +129,16 @@ def run(
         Interrupted: `stop` said so; finished jobs are kept.
         ValueError: the folder cannot be written or holds a study with other settings.
     """
-    settings = {**asdict(study), "study": study.name, "source": study.data_source()}
+    settings = {
+        **asdict(study),
+        "study": study.shared or study.name,
+        "source": study.data_source(),
+        "versions": versions(),
+    }
     jobs = study.jobs()
     total, done = sum(job.cost for job in jobs), 0.0
     results = {}
-    with Store(out, {**settings, "versions": versions()}) as store:
+    with Store(_store(study, out), settings) as store:
         for job in jobs:
 
             def tick(part: float, job=job, done=done) -> None:
@@ -138,16 +158,53 @@ def run(
             progress(job.name, done / total)
         findings = study.findings(results)
         seconds = sum(float(arrays["seconds"]) for arrays in results.values())
-        _write(study, findings, seconds, store.out)
+        _write(study, findings, settings, seconds, Path(out))
     return findings
 
 
-def _write(study: Study, findings: Findings, seconds: float, out: Path) -> None:
+def _store(study: Study | type[Study], out: str | Path) -> Path:
+    """The folder of a study's jobs, such as runs/SHARED-full beside runs/NAME-full."""
+    out = Path(out)
+    return out.with_name(out.name.replace(study.name, study.shared)) if study.shared else out
+
+
+def state(kind: type[Study], out: str | Path) -> str:
+    """How far the study in a folder is: what its verdicts were, or how many of its jobs are done."""
+    folder = _store(kind, out)
+    try:
+        settings = _json(folder / "settings.json")
+        if settings is None:
+            return "not run"
+        summary = _json(Path(out) / "summary.json")
+        if summary is not None and summary["settings"] == settings:
+            return _judged(summary)
+        chosen = {field.name: settings[field.name] for field in fields(kind)}
+        tuples = {key: tuple(value) for key, value in chosen.items() if isinstance(value, list)}
+        jobs = kind(**{**chosen, **tuples}).jobs()
+    except (OSError, ValueError, TypeError, KeyError):  # another version's, or its data is gone
+        return "settings cannot be read"
+    done = sum((folder / "jobs" / f"{job.name}.npz").exists() for job in jobs)
+    return f"{done} of {len(jobs)} jobs done" if done else "not run"
+
+
+def _judged(summary: dict) -> str:
+    counts = Counter(verdict["holds"] for verdict in summary["verdicts"])
+    marks = {True: "yes", False: "no", None: "undecided"}
+    found = ", ".join(f"{counts[holds]} {mark}" for holds, mark in marks.items() if counts[holds])
+    return f"done {summary['machine']['date']}: {found}"
+
+
+def _json(path: Path) -> dict | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _write(study: Study, findings: Findings, settings: dict, seconds: float, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)  # a study that shares its jobs has no folder yet
     write_rows(out / "results.csv", findings.rows)
     summary = {
         "title": study.title,
-        "settings": json.loads((out / "settings.json").read_text()),
-        "machine": machine(),
+        "settings": settings,
+        "machine": machine(study.device.partition(":")[0]),
         "seconds": round(seconds, 1),
         "verdicts": [asdict(verdict) for verdict in findings.verdicts],
         "notes": findings.notes,

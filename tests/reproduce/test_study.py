@@ -18,7 +18,7 @@ import pytest
 from depthnet import cli
 from depthnet.cli.studies import run_study
 from depthnet.reproduce.registry import STUDIES, Entry
-from depthnet.reproduce.study import Findings, Job, Study, Verdict, run
+from depthnet.reproduce.study import Findings, Job, Study, Verdict, run, state
 from depthnet.sweep.worker import Interrupted
 
 
@@ -238,6 +238,31 @@ def test_reproduce_lists_all_studies(capsys, monkeypatch):
         printed = capsys.readouterr().out
         for name in STUDIES:
             assert f"\n  {name} " in printed
+
+
+def test_how_far_a_study_is(tmp_path, monkeypatch):
+    assert state(Toy, tmp_path) == "not run"
+    monkeypatch.setattr(Toy, "hook", failing(20, 0.5))
+    with pytest.raises(ZeroDivisionError):
+        run(Toy(sizes=(30, 20)), tmp_path)
+    assert state(Toy, tmp_path) == "1 of 2 jobs done"  # of its settings, not of the defaults
+    monkeypatch.undo()
+    run(Toy(sizes=(30, 20), verdicts=2), tmp_path / "done")
+    assert re.fullmatch(r"done \d{4}-\d\d-\d\d: 2 yes", state(Toy, tmp_path / "done"))
+    (tmp_path / "done" / "settings.json").write_text("{")
+    assert state(Toy, tmp_path / "done") == "settings cannot be read"
+
+
+def test_the_list_says_how_far_studies_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setitem(STUDIES, "toy", Entry("", "Nothing."))
+    monkeypatch.setattr(Entry, "load", lambda entry: Toy)
+    run(Toy(), "runs/toy")
+    assert cli.main(["reproduce", "--list"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert "1 yes" in lines["toy"]
+    assert "not run" in lines["fig8"]
 
 
 @pytest.mark.parametrize("name", STUDIES)
