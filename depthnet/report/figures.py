@@ -64,7 +64,7 @@ def curves_figure(drawn: list[Curves], settings: SweepSettings):
     )
     axes = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     for axis, each in zip(axes, drawn, strict=False):
-        _draw_curves(axis, each, settings)
+        draw_curves(axis, each, settings)
         lines = [exponents(each.panel), ", ".join(each.panel.details)]
         axis.set_title("\n".join(filter(None, lines)), fontsize=11, parse_math=False)
     for axis in axes[len(drawn) :]:
@@ -92,7 +92,7 @@ def panel_figure(each: Curves, settings: SweepSettings):
 
     figure = Figure(figsize=(4.2, 3.9), layout="constrained")
     axis = figure.subplots()
-    _draw_curves(axis, each, settings)
+    draw_curves(axis, each, settings)
     axis.set_xlabel(learning_rate_label(settings))
     axis.set_ylabel(loss_label(settings))
     handles, _ = axis.get_legend_handles_labels()
@@ -112,7 +112,7 @@ def _in_order(handles: dict[str, object]) -> tuple[list, list[str]]:
     return [handles[label] for label in labels], labels
 
 
-def _draw_curves(axis, each: Curves, settings: SweepSettings) -> None:
+def draw_curves(axis, each: Curves, settings: SweepSettings) -> None:
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     searched = isinstance(settings.log2_lr, Range)
@@ -207,7 +207,7 @@ def heat_figure(maps: list[list[HeatMap]], settings: SweepSettings):
         for axis in line[len(own) :]:
             axis.set_visible(False)
         for axis, each in zip(line, own, strict=False):
-            _draw_map(figure, axis, each, settings)
+            draw_map(figure, axis, each, settings)
             axis.set_title(each.title, fontsize=10, parse_math=False)
     figure.supxlabel(learning_rate_label(settings))
     figure.supylabel("log2 of the block multiplier a")
@@ -225,13 +225,13 @@ def map_figure(each: HeatMap, settings: SweepSettings):
 
     figure = Figure(figsize=(4.2, 3.3), layout="constrained")
     axis = figure.subplots()
-    _draw_map(figure, axis, each, settings)
+    draw_map(figure, axis, each, settings)
     axis.set_xlabel(learning_rate_label(settings))
     axis.set_ylabel("log2 of the block multiplier a")
     return figure
 
 
-def _draw_map(figure, axis, each: HeatMap, settings: SweepSettings) -> None:
+def draw_map(figure, axis, each: HeatMap, settings: SweepSettings) -> None:
     from matplotlib.ticker import MaxNLocator
 
     rates, multipliers = settings.log2_lr, settings.log2_block_multiplier

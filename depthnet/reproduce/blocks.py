@@ -218,7 +218,7 @@ class Fig7(Curves):
         slopes = 1 / self._tilts(each)[:, 0]
         for index, (axis, depth, slope) in enumerate(zip(axes, self.depths, slopes, strict=True)):
             heat = figures.HeatMap("", each.planes[index, 0].T)
-            figures._draw_map(figure, axis, heat, each.settings)
+            figures.draw_map(figure, axis, heat, each.settings)
             if np.isfinite(slope):
                 lr, a = each.lowest(index)
                 at = each.settings.log2_lr[lr], self.log2_a[a]

@@ -343,7 +343,7 @@ class Curves(DataStudy):
             for column, each in enumerate(measured):
                 axis = axes[0, row] if single else axes[row, column]
                 drawn = figures.Curves(None, each.curves, low, high)
-                figures._draw_curves(axis, drawn, each.settings)
+                figures.draw_curves(axis, drawn, each.settings)
                 axis.set_title(f"{each.variant.label}\n{words(part)}", fontsize=10)
             if not single:
                 self._draw_best(axes[row, -1], measured)

@@ -13,7 +13,6 @@ import torch
 from torch.nn import functional
 
 from depthnet._checks import integers, number
-from depthnet.data import Dataset
 from depthnet.diagnostics import residual_stream
 from depthnet.diagnostics.diversity import (
     dyadic,
@@ -86,9 +85,8 @@ class DiversityStudy(DataStudy):
             raise ValueError(f"lr must be positive, got {self.lr}")
 
     def jobs(self) -> list[Job]:
-        data = self.dataset
         return [
-            Job(_name(*family, depth), depth + 8.0, partial(_train, self, data, *family, depth))
+            Job(_name(*family, depth), depth + 8.0, partial(train, self, _look, *family, depth))
             for family in self.families
             for depth in self.depths
         ]
@@ -119,15 +117,22 @@ def _name(parametrization: str, activation: str, depth: int) -> str:
     return f"{parametrization}-{activation}-L{depth}"
 
 
-def _train(
+# Of a population before training and (inputs, targets): looks at it whenever it is called.
+Look = Callable[[ResNet, torch.Tensor, torch.Tensor], Callable[[], Arrays]]
+
+
+def train(
     study: DiversityStudy,
-    data: Dataset,
+    look: Look,
     parametrization: str,
     activation: str,
     depth: int,
     tick: Callable[[float], None],
+    *,
+    block_depth: int = 1,
 ) -> Arrays:
-    """Arrays with a row for each of study.steps; P members, K values of eps."""
+    """The losses, and what `look` has, arrays with a row for each of study.steps."""
+    data = study.dataset
     model = ResNet(
         data.in_features,
         study.width,
@@ -138,18 +143,18 @@ def _train(
         active_features=data.active_features,
         base_width=study.width,
         base_depth=BASE_DEPTH,
+        block_depth=block_depth,
         population=study.seeds,
         generator=[torch.Generator().manual_seed(seed) for seed in range(study.seeds)],
     )
     optimizer = AdamW(model, lr=study.lr, betas=BETAS, weight_decay=0.0)
     last = study.steps[-1]
     trainer = PopulationTrainer(model, optimizer, data, range(study.seeds), study.batch, last)
-    probe = data.batch(PROBE_SEED, 0, PROBE_INPUTS)
-    before = model.blocks.weight.detach().clone()
+    look_now = look(model, *data.batch(PROBE_SEED, 0, PROBE_INPUTS))
     rows = []
     for step in range(last + 1):
         if step in study.steps:
-            rows.append(_look(model, before, *probe))
+            rows.append(look_now())
         if step < last:
             trainer.train_step()
             tick((step + 1) / (last + 1))
@@ -159,22 +164,27 @@ def _train(
     }
 
 
-def _look(model: ResNet, before: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> Arrays:
+def _look(model: ResNet, x: torch.Tensor, y: torch.Tensor) -> Callable[[], Arrays]:
+    before = model.blocks.weight.detach().clone()
+
     def loss(outputs):
         labels = y.expand(outputs.shape[:-1])
         return functional.cross_entropy(outputs.flatten(0, -2), labels.flatten(), reduction="sum")
 
-    stream = residual_stream(model, x, loss)
-    diversity, linear = feature_diversity(stream), linearization(model, before, x)
-    return {
-        "epsilons": diversity.epsilons,
-        "curves": diversity.curves,
-        "quadratic_variation": quadratic_variation(stream).numpy(),
-        "gradients": gradient_diversity(stream).members,
-        "updates": update_diversity(model.blocks.weight - before).members,
-        "remainder": linear.network_remainder,
-        "relative_remainder": linear.network_relative,
-    }
+    def look_now() -> Arrays:
+        stream = residual_stream(model, x, loss)
+        diversity, linear = feature_diversity(stream), linearization(model, before, x)
+        return {
+            "epsilons": diversity.epsilons,
+            "curves": diversity.curves,
+            "quadratic_variation": quadratic_variation(stream).numpy(),
+            "gradients": gradient_diversity(stream).members,
+            "updates": update_diversity(model.blocks.weight - before).members,
+            "remainder": linear.network_remainder,
+            "relative_remainder": linear.network_relative,
+        }
+
+    return look_now
 
 
 @dataclass(frozen=True)
@@ -255,7 +265,7 @@ class _Measured:
         return epsilons, curves / curves[:, -self.common, None]
 
 
-def _text(interval: Interval) -> str:
+def interval_text(interval: Interval) -> str:
     return f"{interval.value:.3f}±{interval.high - interval.value:.3f}"
 
 
@@ -269,7 +279,7 @@ def _diverse(family: tuple[str, str]) -> bool | None:
     return None if kappa is None else kappa > 0
 
 
-def _within(intervals: list[Interval], low: float, high: float) -> bool | None:
+def within(intervals: list[Interval], low: float, high: float) -> bool | None:
     """True if all intervals lie in [low, high], False if one lies outside, None otherwise."""
     if any(interval.high < low or interval.low > high for interval in intervals):
         return False
@@ -297,7 +307,7 @@ class Fig17(DiversityStudy):
         return Findings(
             measured.rows(),
             header,
-            measured.lines(_text, (0, -1), ("gradients", "updates", "relative_remainder")),
+            measured.lines(interval_text, (0, -1), ("gradients", "updates", "relative_remainder")),
             self._verdicts(measured),
             pictures.fig17(measured),
             [
@@ -323,7 +333,7 @@ class Fig17(DiversityStudy):
             verdicts.append(
                 Verdict(
                     "at initialization κ = 1/2, whatever the parametrization",
-                    _within(starts, 0.5 - TOLERANCE, 0.5 + TOLERANCE),
+                    within(starts, 0.5 - TOLERANCE, 0.5 + TOLERANCE),
                     f"from {min(values):.3f} to {max(values):.3f}",
                 )
             )
@@ -335,9 +345,9 @@ class Fig17(DiversityStudy):
                 verdicts.append(
                     Verdict(
                         f"{label}: κ = 1/2 ± {TOLERANCE} in training",
-                        _within(after, 0.5 - TOLERANCE, 0.5 + TOLERANCE),
+                        within(after, 0.5 - TOLERANCE, 0.5 + TOLERANCE),
                         ", ".join(
-                            f"{_text(kappa)} at depth {depth}"
+                            f"{interval_text(kappa)} at depth {depth}"
                             for kappa, depth in zip(after, deep, strict=True)
                         ),
                     )
@@ -347,9 +357,9 @@ class Fig17(DiversityStudy):
                 verdicts.append(
                     Verdict(
                         f"{label}: κ falls towards 0 in deeper networks",
-                        _within([growth], -np.inf, 0.0),
-                        f"{_text(growth)} a doubling of depth, to "
-                        f"{_text(measured.intervals(family, -1)[-1])} at depth {self.depths[-1]}",
+                        within([growth], -np.inf, 0.0),
+                        f"{interval_text(growth)} a doubling of depth, to "
+                        f"{interval_text(measured.intervals(family, -1)[-1])} at depth {self.depths[-1]}",
                     )
                 )
         if len(self.depths) > 1:
@@ -370,8 +380,8 @@ class Fig17(DiversityStudy):
         return [
             Verdict(
                 f"{self.label(family)}: remainder ∝ L^{expected:g} ± {TOLERANCE} (claim 7.6)",
-                _within([slope], expected - TOLERANCE, expected + TOLERANCE),
-                f"L^{_text(slope)}",
+                within([slope], expected - TOLERANCE, expected + TOLERANCE),
+                f"L^{interval_text(slope)}",
             )
         ]
 
@@ -401,7 +411,7 @@ class Fig18(DiversityStudy):
         return Findings(
             measured.rows(),
             header,
-            measured.lines(lambda kappa: _text(_slope(kappa)), range(len(self.steps))),
+            measured.lines(lambda kappa: interval_text(_slope(kappa)), range(len(self.steps))),
             [v for family in self.families for v in self._verdicts(measured, family)],
             pictures.fig18(measured),
             [note],
@@ -416,7 +426,7 @@ class Fig18(DiversityStudy):
             return [
                 Verdict(
                     f"{label}: flat, slopes within ± {TOLERANCE}, at all depths and times",
-                    _within(all_slopes, -TOLERANCE, TOLERANCE),
+                    within(all_slopes, -TOLERANCE, TOLERANCE),
                     f"slopes from {min(values):+.3f} to {max(values):+.3f}",
                 )
             ]
@@ -428,8 +438,9 @@ class Fig18(DiversityStudy):
             verdicts.append(
                 Verdict(
                     f"{label}: slopes grow with depth",
-                    _within([growth], -np.inf, 0.0),
-                    f"κ changes by {_text(growth)} a doubling of depth, after {self.steps[-1]} steps",
+                    within([growth], -np.inf, 0.0),
+                    f"κ changes by {interval_text(growth)} a doubling of depth, after "
+                    f"{self.steps[-1]} steps",
                 )
             )
         means = np.array(
@@ -443,8 +454,8 @@ class Fig18(DiversityStudy):
             verdicts.append(
                 Verdict(
                     f"{label}: slopes grow with time, from step {self.steps[1]} to {self.steps[-1]}",
-                    _within([change], 0.0, np.inf),
-                    f"by {_text(change)}; mean over depths {course}",
+                    within([change], 0.0, np.inf),
+                    f"by {interval_text(change)}; mean over depths {course}",
                 )
             )
         return verdicts
@@ -475,14 +486,14 @@ class Fig19(DiversityStudy):
             verdicts.append(
                 Verdict(
                     f"{self.label(first)} is flatter than {self.label(other)}",
-                    _within([mean_interval(lead)], 0.0, np.inf),
-                    f"its κ is higher by {_text(mean_interval(lead))}, mean over depths",
+                    within([mean_interval(lead)], 0.0, np.inf),
+                    f"its κ is higher by {interval_text(mean_interval(lead))}, mean over depths",
                 )
             )
         return Findings(
             measured.rows(),
             ("network", "depth", *(f"κ, step {self.steps[at]}" for at in (0, -1)), "loss"),
-            measured.lines(_text, (0, -1)),
+            measured.lines(interval_text, (0, -1)),
             verdicts,
             pictures.fig19(measured),
             [

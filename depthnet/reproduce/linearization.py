@@ -21,21 +21,16 @@ from depthnet.diagnostics import (
 )
 from depthnet.diagnostics.fits import power_law
 from depthnet.nn import ResNet
-from depthnet.optim import AdamW
 from depthnet.reproduce.diversity import (
-    BASE_DEPTH,
-    BETAS,
-    PROBE_INPUTS,
-    PROBE_SEED,
     DiversityStudy,
-    _text,
-    _within,
+    interval_text,
+    train,
+    within,
 )
 from depthnet.reproduce.diversity_pictures import COLOURS
 from depthnet.reproduce.study import Arrays, Findings, Job, Verdict
 from depthnet.scaling import Parametrization, classify
 from depthnet.scaling.classification import DIVERSITY, WITHIN_BLOCKS
-from depthnet.training.population import PopulationTrainer
 
 STABILITY = "stability"
 # What is lost is decided halfway between the exponents of presets and (3/4, 1/4), in which it differs.
@@ -87,7 +82,11 @@ class LinearizationStudy(DiversityStudy):
         shapes = product(self.families, self.depths)
         named = list(zip(shapes, super().jobs(), strict=True))
         return [
-            Job(f"k{k}-{job.name}", k * job.cost, partial(_train, self, family, depth, k))
+            Job(
+                f"k{k}-{job.name}",
+                k * job.cost,
+                partial(train, self, _look, *family, depth, block_depth=k),
+            )
             for k in self.block_depths
             for (family, depth), job in named
         ]
@@ -119,60 +118,24 @@ class LinearizationStudy(DiversityStudy):
         )
 
 
-def _train(
-    study: LinearizationStudy,
-    family: tuple[str, str],
-    depth: int,
-    block_depth: int,
-    tick: Callable[[float], None],
-) -> Arrays:
-    """Arrays with a row for each of study.steps; P members, K values of eps."""
-    data, (parametrization, activation) = study.dataset, family
-    model = ResNet(
-        data.in_features,
-        study.width,
-        depth,
-        data.out_features,
-        activation=activation,
-        parametrization=parametrization,
-        active_features=data.active_features,
-        base_width=study.width,
-        base_depth=BASE_DEPTH,
-        block_depth=block_depth,
-        population=study.seeds,
-        generator=[torch.Generator().manual_seed(seed) for seed in range(study.seeds)],
-    )
-    optimizer = AdamW(model, lr=study.lr, betas=BETAS, weight_decay=0.0)
-    last = study.steps[-1]
-    trainer = PopulationTrainer(model, optimizer, data, range(study.seeds), study.batch, last)
-    inputs, _ = data.batch(PROBE_SEED, 0, PROBE_INPUTS)
+def _look(model: ResNet, inputs: torch.Tensor, _) -> Callable[[], Arrays]:
     before = model.blocks.weight.detach().clone()
     start = residual_stream(model, inputs).x[-1]
-    rows = []
-    for step in range(last + 1):
-        if step in study.steps:
-            rows.append(_look(model, before, start, inputs))
-        if step < last:
-            trainer.train_step()
-            tick((step + 1) / (last + 1))
-    return {
-        "losses": trainer.losses,
-        **{key: np.stack([row[key] for row in rows]) for key in rows[0]},
-    }
 
+    def look_now() -> Arrays:
+        stream, split = residual_stream(model, inputs), linearization(model, before, inputs)
+        diversity = feature_diversity(stream)
+        change = (stream.x[-1] - start).double()
+        return {
+            "epsilons": diversity.epsilons,
+            "curves": diversity.curves,
+            "stream_change": change.square().mean((-2, -1)).sqrt().numpy(),
+            "quadratic_variation": quadratic_variation(stream).numpy(),
+            "remainder": split.network_relative,
+            "products": split.network_products,
+        }
 
-def _look(model: ResNet, before: torch.Tensor, start: torch.Tensor, inputs: torch.Tensor) -> Arrays:
-    stream, split = residual_stream(model, inputs), linearization(model, before, inputs)
-    diversity = feature_diversity(stream)
-    change = (stream.x[-1] - start).double()
-    return {
-        "epsilons": diversity.epsilons,
-        "curves": diversity.curves,
-        "stream_change": change.square().mean((-2, -1)).sqrt().numpy(),
-        "quadratic_variation": quadratic_variation(stream).numpy(),
-        "remainder": split.network_relative,
-        "products": split.network_products,
-    }
+    return look_now
 
 
 class _Network:
@@ -218,11 +181,11 @@ class _Network:
     def lost(self) -> tuple[str, ...] | None:
         """As measured; None where an interval does not decide."""
         answers = {
-            STABILITY: _within([self.exponents["stream_change"]], GROWS, np.inf),
-            DIVERSITY: _within([self.exponents["quadratic_variation"]], -np.inf, FALLS),
+            STABILITY: within([self.exponents["stream_change"]], GROWS, np.inf),
+            DIVERSITY: within([self.exponents["quadratic_variation"]], -np.inf, FALLS),
         }
         if self.block_depth > 1:
-            answers[WITHIN_BLOCKS] = _within([self.exponents["products"]], -np.inf, PRODUCTS_FALL)
+            answers[WITHIN_BLOCKS] = within([self.exponents["products"]], -np.inf, PRODUCTS_FALL)
         if self.theory.faithful is None and answers[STABILITY]:
             return (STABILITY,)  # of what explodes, nothing else is claimed
         if None in answers.values():
@@ -240,7 +203,7 @@ class _Network:
             self.label,
             self.block_depth,
             *(str(self.exponents.get(name, "")) for name in QUANTITIES),
-            _text(kappa),
+            interval_text(kappa),
             "undecided" if lost is None else ", ".join(lost) or "nothing",
             round(float(self._losses()[-1]), 3),
         )
@@ -281,11 +244,11 @@ class _Network:
                 f"{name}: loses {' and '.join(expected) or 'nothing'}",
                 None if lost is None else lost == expected,
                 ", ".join(
-                    f"{QUANTITIES[each]} ∝ L^{_text(self.exponents[each])}"
+                    f"{QUANTITIES[each]} ∝ L^{interval_text(self.exponents[each])}"
                     for each in ("stream_change", "quadratic_variation", "products")
                     if each in self.exponents
                 )
-                + f", κ {_text(kappa)} at depth {self.study.depths[-1]}",
+                + f", κ {interval_text(kappa)} at depth {self.study.depths[-1]}",
             )
         ]
         if self.theory.faithful:
@@ -301,8 +264,8 @@ class _Network:
         found = self.exponents[quantity]
         return Verdict(
             f"{name}: {QUANTITIES[quantity]} ∝ {text} ± {tolerance:g}",
-            _within([found], low - tolerance, high + tolerance),
-            f"L^{_text(found)}",
+            within([found], low - tolerance, high + tolerance),
+            f"L^{interval_text(found)}",
         )
 
 
