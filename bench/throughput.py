@@ -48,6 +48,13 @@ DEPTHS = [64, 256, 1024, 4096, 8192]
 MEMBERS = 33
 TRAINING_SHAPES = [(64, 64), (256, 64)]
 DTYPE_SHAPES = [(128, 64), (512, 32)]
+BLOCKS = {
+    "plain": {},
+    "block_depth=2": {"block_depth": 2},
+    "norm=layer": {"norm": "layer"},
+    "norm=rms": {"norm": "rms"},
+    "activate=before": {"activate": "before"},
+}
 COMPILED_DEPTH = 64  # torch.compile unrolls the layers: at depth 1024 it would take an hour
 LR = 1e-6  # small, so that the loss stays where it is and the work the same
 
@@ -253,6 +260,26 @@ def depth(rounds: int) -> list[dict]:
     ]
 
 
+def blocks(rounds: int) -> list[dict]:
+    """Blocks of several layers, with norms, and activated first, beside plain ones of as many layers."""
+    rows, table = [], []
+    for n, depth in TRAINING_SHAPES:
+        stack = Stack(n, depth, ROWS)
+        inputs = stack.x, stack.weight
+
+        def step(block, stack=stack, inputs=inputs):
+            output = residual_stack(*inputs, stack.scale, **block)
+            return torch.autograd.grad(output, inputs, stack.grad)
+
+        providers = {name: partial(step, block) for name, block in BLOCKS.items()}
+        times = interleaved(providers, rounds)
+        rows += records(times, section="blocks", n=n, depth=depth)
+        for name, seconds in times.items():
+            table.append((n, depth, name, seconds * 1e3, seconds / times["plain"]))
+    print_table("Blocks, forward + backward", ("n", "layers", "block", "ms", "times plain"), table)
+    return rows
+
+
 def population(rounds: int) -> list[dict]:
     """Many networks as one population against one call for each."""
     n, depth = 64, 64
@@ -449,7 +476,7 @@ def network(rounds: int) -> list[dict]:
 
 
 SECTIONS = {
-    "cpu": (step, passes, depth, population, inference, training, dtypes),
+    "cpu": (step, passes, depth, blocks, population, inference, training, dtypes),
     "cuda": (stack, network),
 }
 

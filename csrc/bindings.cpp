@@ -133,13 +133,17 @@ void residual_norm_backward(int dtype, int branch_dtype, bool center, int64_t ro
 
 Stack stack_of(int64_t members, int64_t depth, int64_t rows, int64_t n, uintptr_t weight,
                int64_t weight_member, int64_t weight_layer, uintptr_t x, uintptr_t y, uintptr_t inputs,
-               uintptr_t signs, double scale, uintptr_t scales, double p, double q, bool mean_subtract) {
+               uintptr_t signs, uintptr_t inverses, int64_t block_layers, const std::string& norm,
+               bool activate_first, double scale, uintptr_t scales, double p, double q,
+               bool mean_subtract) {
   Stack s{};
   s.members = members, s.rows = rows, s.n = n, s.layer_end = depth;
   s.weight = address<void>(weight), s.weight_member = weight_member, s.weight_layer = weight_layer;
   s.x = address<void>(x), s.y = address<void>(y);
   s.inputs = address<void>(inputs), s.inputs_member = depth * rows * n;
   s.signs = address<uint8_t>(signs), s.signs_member = depth * rows * ((n + 7) / 8);
+  s.inverses = address<void>(inverses), s.inverses_member = depth / block_layers * rows;
+  s.block = {block_layers, !norm.empty(), norm == "layer", activate_first};
   s.scale = scale, s.scales = address<const double>(scales);
   s.p = p, s.q = q, s.mean_subtract = mean_subtract;
   return s;
@@ -147,21 +151,26 @@ Stack stack_of(int64_t members, int64_t depth, int64_t rows, int64_t n, uintptr_
 
 void residual_stack_forward(int dtype, int64_t members, int64_t depth, int64_t rows, int64_t n,
                             uintptr_t weight, int64_t weight_member, int64_t weight_layer, uintptr_t x,
-                            uintptr_t y, uintptr_t inputs, uintptr_t signs, double scale,
-                            uintptr_t scales, double p, double q, bool mean_subtract, int threads) {
+                            uintptr_t y, uintptr_t inputs, uintptr_t signs, uintptr_t inverses,
+                            int64_t block_layers, const std::string& norm, bool activate_first,
+                            double scale, uintptr_t scales, double p, double q, bool mean_subtract,
+                            int threads) {
   const Stack s = stack_of(members, depth, rows, n, weight, weight_member, weight_layer, x, y, inputs,
-                           signs, scale, scales, p, q, mean_subtract);
+                           signs, inverses, block_layers, norm, activate_first, scale, scales, p, q,
+                           mean_subtract);
   py::gil_scoped_release nogil;
   stack_forward(selected->residual_stack[dtype], s, threads);
 }
 
 void residual_stack_backward(int dtype, int64_t members, int64_t depth, int64_t rows, int64_t n,
                              uintptr_t weight, int64_t weight_member, int64_t weight_layer, uintptr_t grad,
-                             uintptr_t grad_x, uintptr_t inputs, uintptr_t signs, uintptr_t weight_grad,
-                             int64_t weight_grad_member, double scale, uintptr_t scales, double p, double q,
-                             bool mean_subtract, int threads) {
+                             uintptr_t grad_x, uintptr_t inputs, uintptr_t signs, uintptr_t inverses,
+                             int64_t block_layers, const std::string& norm, bool activate_first,
+                             uintptr_t weight_grad, int64_t weight_grad_member, double scale,
+                             uintptr_t scales, double p, double q, bool mean_subtract, int threads) {
   Stack s = stack_of(members, depth, rows, n, weight, weight_member, weight_layer, grad, grad_x, inputs,
-                     signs, scale, scales, p, q, mean_subtract);
+                     signs, inverses, block_layers, norm, activate_first, scale, scales, p, q,
+                     mean_subtract);
   s.weight_grad = address<void>(weight_grad), s.weight_grad_member = weight_grad_member;
   py::gil_scoped_release nogil;
   stack_backward(selected->residual_stack[dtype], s, threads);

@@ -14,6 +14,8 @@ OPS = {  # the operators, and the dtypes that their kernels are for
     "embedding_sum_backward": (torch.float32, torch.float64),
     "linear": (torch.float32, torch.float64),
     "optimizer_step_": tuple(DTYPES),
+    "residual_norm": tuple(DTYPES),
+    "residual_norm_backward": tuple(DTYPES),
     "residual_stack": tuple(DTYPES),
     "residual_stack_backward": tuple(DTYPES),
     "scaled_residual": tuple(DTYPES),
@@ -96,6 +98,57 @@ def scaled_residual_backward(
     return out
 
 
+def residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    scale: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    center: bool,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, branch, weight, bias = (_contiguous(each) for each in (x, branch, weight, bias))
+    s, y = torch.empty_like(x), torch.empty_like(branch)
+    shape = (1 + center, len(x)) if save else (0,)
+    statistics = torch.empty(shape, dtype=stream_dtype(x.dtype))
+    tensors = x, branch, s, y, statistics, weight, bias
+    _C.residual_norm_forward(
+        *(DTYPES[x.dtype], DTYPES[branch.dtype], center, *x.shape, *map(_address, tensors)),
+        *(scale, eps, torch.get_num_threads()),
+    )
+    return s, y, statistics
+
+
+def residual_norm_backward(
+    grad_y: Tensor,
+    s: Tensor,
+    grad_s: Tensor | None,
+    statistics: Tensor,
+    scale: float,
+    weight: Tensor | None,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_s, grad_y, s, weight = (_contiguous(each) for each in (grad_s, grad_y, s, weight))
+    grad_x, grad_branch = torch.empty_like(s), torch.empty_like(grad_y)
+    sums = [statistics.new_empty(s.shape[1] * wanted) for wanted in (weight_grad, bias_grad)]
+    tensors = grad_s, grad_y, s, statistics, weight, grad_x, grad_branch, *sums
+    _C.residual_norm_backward(
+        *(DTYPES[s.dtype], DTYPES[grad_y.dtype], len(statistics) == 2, *s.shape),
+        *(*map(_address, tensors), scale, torch.get_num_threads()),
+    )
+    return grad_x, grad_branch, *sums
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
 def residual_stack(
     x: Tensor,
     weight: Tensor,
@@ -113,12 +166,14 @@ def residual_stack(
     y = torch.empty_like(stream)
     inputs = torch.empty((members, depth, rows, n) if save else 0, dtype=weight.dtype)
     signs = torch.empty((members, depth, rows, sign_bytes(n)) if save else 0, dtype=torch.uint8)
-    saved = (inputs.data_ptr(), signs.data_ptr()) if save else (0, 0)
+    kept = (members, depth // block.layers, rows) if save and block.norm else 0
+    inverses = torch.empty(kept, dtype=stream.dtype)
+    saved = (inputs.data_ptr(), signs.data_ptr(), inverses.data_ptr()) if save else (0, 0, 0)
     constants, _alive = _constants(scale, scales, p, q, mean_subtract)
     sizes = DTYPES[weight.dtype], members, depth, rows, n
     streams = stream.data_ptr(), y.data_ptr()
-    _C.residual_stack_forward(*sizes, *_layers(weight), *streams, *saved, *constants)
-    return y.to(x.dtype), inputs, signs, stream.new_empty(0)
+    _C.residual_stack_forward(*sizes, *_layers(weight), *streams, *saved, *block, *constants)
+    return y.to(x.dtype), inputs, signs, inverses
 
 
 def residual_stack_backward(
@@ -140,9 +195,10 @@ def residual_stack_backward(
     grad_x = torch.empty_like(g)
     constants, _alive = _constants(scale, scales, p, q, mean_subtract)
     sizes = DTYPES[weight.dtype], members, depth, rows, n
-    pointers = g.data_ptr(), grad_x.data_ptr(), inputs.data_ptr(), signs.data_ptr()
+    saved = inputs.data_ptr(), signs.data_ptr(), inverses.data_ptr()
+    streams = g.data_ptr(), grad_x.data_ptr()
     out = (0, 0) if grad_weight is None else _block(grad_weight)
-    _C.residual_stack_backward(*sizes, *_layers(weight), *pointers, *out, *constants)
+    _C.residual_stack_backward(*sizes, *_layers(weight), *streams, *saved, *block, *out, *constants)
     return grad_x.to(grad.dtype)
 
 

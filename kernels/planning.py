@@ -165,7 +165,9 @@ def plan(
 ) -> Plan:
     """How `residual_stack` runs on a GPU, forward and backward.
 
-    With checkpoints every segment of layers is such a stack, and runs forward once more.
+    Its blocks are plain: those of several layers, with a norm or activated before their products run in
+    the regime `gemm` at any width.  With checkpoints every segment of layers is such a stack, and runs
+    forward once more.
 
     Args:
         x_shape: (*P, B, n). weight_shape: (*P, L, n, n).

@@ -24,7 +24,7 @@ from depthnet.kernels.dispatch import (
     register_autograd,
     select,
 )
-from depthnet.kernels.reference import PLAIN, Block, sign_bytes, stream_dtype
+from depthnet.kernels.reference import Block, sign_bytes, stream_dtype
 
 NORMS = ("layer", "rms")
 
@@ -44,7 +44,7 @@ def _residual_stack(
             x, weight, scale, scales, p, q, mean_subtract, every, save, *block
         )
         return x.clone(), *fake[1:]
-    backend, weight = select_stack(block, x, weight), _matrices(weight)
+    backend, weight = select("residual_stack", x, weight), _matrices(weight)
     constants = scale, scales, p, q, mean_subtract, block
     if not (every and save):
         return backend.residual_stack(x, weight, *constants, save)
@@ -57,12 +57,6 @@ def _residual_stack(
         stream, *_ = backend.residual_stack(stream, weight[:, start:end], *constants, False)
     nothing = stream.new_empty(0)
     return stream.to(x.dtype), torch.stack(starts, 1), _no_signs(x), nothing
-
-
-def select_stack(block: Block, *tensors: Tensor):
-    """The module of the backend that runs stacks of such blocks."""
-    reasons = [] if block == PLAIN else ["it has no blocks of several layers or with norms yet"]
-    return select("residual_stack", *tensors, native_reasons=reasons)
 
 
 def _matrices(weight):
@@ -101,7 +95,7 @@ def _residual_stack_backward(
     if weight.shape[1] == 0:
         return grad.clone(), grad_weight
     block = Block(layers, norm, first)
-    backend, weight = select_stack(block, grad, weight), _matrices(weight)
+    backend, weight = select("residual_stack", grad, weight), _matrices(weight)
     constants = scale, scales, p, q, mean_subtract, block
     if not every:
         out = grad_weight if weight_grad else None

@@ -53,24 +53,36 @@ struct ResidualNormKernel {
   void (*backward)(const ResidualNormBackward&, int64_t chunk_begin, int64_t chunk_end);
 };
 
-// The layers layer_begin .. layer_end of  h = x W^T,  x <- x + scale * (phi(h) - mean(phi(h)))  in
-// `members` networks, and their backward pass.  Tensors are contiguous but for the strides that are given,
-// in elements.  The stream type is that which the storage type is computed in.
+// What a residual block computes from x:  phi(W_k .. phi(W_1 norm(x)))  or, where phi comes first,
+// W_k phi(.. W_1 phi(x)),  which goes without a norm.
+struct Block {
+  int64_t layers = 1;   // k
+  bool norm = false;    // x / sqrt(mean(x^2) + 1e-5)
+  bool center = false;  // before the norm: x - mean(x)
+  bool activate_first = false;
+};
+
+// The layers layer_begin .. layer_end, whole blocks of them, of  x <- x + scale * (z - mean(z)),  z being
+// what a block gives, in `members` networks, and their backward pass.  Tensors are contiguous but for the
+// strides that are given, in elements.  The stream type is that which the storage type is computed in.
 struct Stack {
   int64_t members, rows, n, layer_begin, layer_end;
   const void* weight;  // storage type (members, layers, n, n)
   int64_t weight_member, weight_layer;
   const void* x;  // stream type (members, rows, n): x_0; backward: the gradient of x_L
   void* y;        // stream type (members, rows, n): x_L; backward: the gradient of x_0, may be x
-  void* inputs;   // storage type (members, layers, rows, n): every layer's x; forward: may be null
-  uint8_t* signs;  // (members, layers, rows, ceil(n/8)), as Residual's; forward: null with inputs
-  int64_t inputs_member, signs_member;
+  void* inputs;   // storage type (members, layers, rows, n): every layer's operand; forward: may be null
+  uint8_t* signs;  // (members, layers, rows, ceil(n/8)) of what phi is taken of, in the order in which it
+                   // is, as Residual's; forward: null with inputs
+  void* inverses;  // stream type (members, blocks, rows): every block's 1/std; null without inputs or norm
+  int64_t inputs_member, signs_member, inverses_member;
   void* weight_grad;  // storage type (members, layers, n, n); may be null
   int64_t weight_grad_member;
   double scale;
   const double* scales;
   double p, q;
   bool mean_subtract;
+  Block block;
 
   // The driver's: how the work is cut, and the gradients of h between the two backward passes.
   int64_t panel = 0;   // rows that a thread handles together
@@ -81,6 +93,11 @@ struct Stack {
 
 // Internal linkage, as all that the files of several instruction sets share: see math/homogeneous.h.
 static inline int64_t panels_of(const Stack& s) { return (s.rows + s.panel - 1) / s.panel; }
+
+// Whether blocks are phi(W x), so that products read the stream itself.
+static inline bool plain(const Stack& s) {
+  return s.block.layers == 1 && !s.block.norm && !s.block.activate_first;
+}
 
 // The branch multiplier of a member, of a Residual or a Stack.
 template <class Operation>

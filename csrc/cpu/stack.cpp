@@ -4,6 +4,8 @@
 // as they lie in memory, element by element:
 //     forward        h[j] = sum over k of W[j][k] x[k]
 //     backward-data  g[k] += sum over j of W[j][k] d[j]
+// Inside a block of several layers, or where x is normalized or activated first, x and g are not the stream
+// and its gradient but panels beside them.
 // The weight gradient, dW[j][k] = sum over rows of d[j][row] x[row][k], has k along the lanes instead.
 // Compiled once per instruction set; everything here has internal linkage or lives in the set's namespace.
 #include <type_traits>
@@ -24,6 +26,7 @@ template <class T> constexpr int64_t kPiece = 1024 / sizeof(T);
 constexpr int64_t kStage = 48;
 constexpr int64_t kRowChunk = 256;  // rows that backward-weight goes through at a time
 constexpr int64_t kTileRows = 256, kTileBytes = 1 << 19;  // a tile stays in the second-level cache
+constexpr double kNormEps = 1e-5;  // added to the variance
 
 template <class T> constexpr int64_t kAhead = 64 / sizeof(T);  // a line of the caches
 
@@ -37,7 +40,8 @@ template <class T> int64_t squares(int64_t n) {
 template <class T> int64_t terms(int64_t n) { return blocks_of(kTerms<T>, n); }
 
 int64_t tile_panels(const Stack& s, int64_t element) {
-  int64_t fit = kTileBytes / (2 * s.n * s.panel * element + 1), wanted = kTileRows / s.panel;
+  const int64_t arrays = plain(s) ? 2 : 3;
+  int64_t fit = kTileBytes / (arrays * s.n * s.panel * element + 1), wanted = kTileRows / s.panel;
   fit = smaller(fit, wanted);
   return fit > 0 ? fit : 1;
 }
@@ -58,7 +62,8 @@ struct Tile {
   int64_t width, features, groups;
   C* stream;            // [features][width]: x, or the gradient of x
   C* branch;            // [features][width]: forward phi(h), backward d where it is not kept
-  Operand<T>* operand;  // [terms(features)][width]: the stream or d in the storage type
+  Operand<T>* operand;  // [terms(features)][width]: what W is multiplied by, where it is not the above
+  C* inner;             // [features][width]: backward, the gradient of a layer's operand
   Lane<C>* words;       // [groups][width]: the signs
   C* sums;              // [width]: sums over the features
   Operand<T>* weights = nullptr;  // in the form that the products take, where memory has another
@@ -68,7 +73,8 @@ struct Tile {
     const int64_t panels = tile_panels(s, sizeof(C));
     stream = cut.take<C>(panels * features * width);
     branch = cut.take<C>(panels * features * width);
-    operand = kSame<T> ? nullptr : cut.take<Operand<T>>(panels * features * width);
+    operand = kSame<T> && plain(s) ? nullptr : cut.take<Operand<T>>(panels * features * width);
+    inner = plain(s) ? nullptr : cut.take<C>(panels * features * width);
     words = cut.take<Lane<C>>(panels * groups * width);
     sums = cut.take<C>(panels * width);
     if (kSame<T>) return;
@@ -77,7 +83,7 @@ struct Tile {
   }
 };
 
-// A square of lanes x lanes elements of the stream, from feature f on, in the form of an operand.
+// A square of lanes x lanes elements, from feature f on, in the form of an operand.
 template <class T, class C>
 void put_operand(Operand<T>* operand, int64_t f, int64_t width, const Vec<C>* square) {
   if constexpr (kTerms<T> == 2) {
@@ -85,14 +91,14 @@ void put_operand(Operand<T>* operand, int64_t f, int64_t width, const Vec<C>* sq
       const Word pair = to_bfloat16(square[i]) | to_bfloat16(square[i + 1]) << 16;
       std::memcpy(operand + (f + i) / 2 * width, &pair, sizeof pair);
     }
-  } else if constexpr (!kSame<T>) {
+  } else {
     for (int i = 0; i < kLanes<C>; ++i) store(operand + (f + i) * width, rounded<T>(square[i]));
   }
 }
 
 // `valid` rows of n elements into a panel, the rest zeros; and, rounded, into `copy`.
-template <class T, int V, class C = Compute<T>>
-void load_panel(const C* rows, int64_t valid, int64_t n, int64_t width, C* stream, Operand<T>* operand,
+template <class T, int V, class From, class C = Compute<T>>
+void load_panel(const From* rows, int64_t valid, int64_t n, int64_t width, C* stream, Operand<T>* operand,
                 T* copy) {
   for (int v = 0; v < V; ++v, stream += kLanes<C>)
     for (int64_t f = 0; f < n; f += kLanes<C>) {
@@ -125,6 +131,7 @@ template <class T, int V, class Out, class C = Compute<T>>
 void finish_panel(const Stack& s, C scale, const Tile<T>& tile, int64_t panel, int64_t valid, Out* out,
                   bool past_caches = false) {
   const int64_t size = panel * tile.features * tile.width;
+  Operand<T>* operand = plain(s) ? tile.operand : nullptr;
   for (int v = 0; v < V; ++v) {
     C* stream = tile.stream + size + v * kLanes<C>;
     const C* branch = tile.branch + size + v * kLanes<C>;
@@ -137,8 +144,8 @@ void finish_panel(const Stack& s, C scale, const Tile<T>& tile, int64_t panel, i
         square[i] = residual_update(load(x), load(branch + (f + i) * tile.width), mean, factor);
         store(x, square[i]);
       }
-      if (tile.operand)
-        put_operand<T, C>(tile.operand + terms<T>(size) + v * kLanes<C>, f, tile.width, square);
+      if (operand)
+        put_operand<T, C>(operand + terms<T>(size) + v * kLanes<C>, f, tile.width, square);
       if (out)
         store_square(square, out + v * kLanes<C> * s.n, valid - v * kLanes<C>, s.n, f, past_caches);
     }
@@ -235,25 +242,104 @@ void add_sums(C* panel, const Vec<C> (&sums)[V]) {
   for (int v = 0; v < V; ++v) store(panel + v * kLanes<C>, load(panel + v * kLanes<C>) + sums[v]);
 }
 
+// The sum over the features, in four parts that do not wait for each other.
+template <class C, class F>
+Vec<C> sum_of(int64_t n, const F& term) {
+  Vec<C> sums[4]{};
+  int64_t f = 0;
+  for (; f + 4 <= n; f += 4)
+    for (int i = 0; i < 4; ++i) sums[i] += term(f + i);
+  for (; f < n; ++f) sums[0] += term(f);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// The rows of a tensor that has some for every layer, from `row` on.
+template <class U>
+U* rows_of(U* tensor, int64_t member_stride, int64_t row_size, const Stack& s, int64_t member,
+           int64_t layer, int64_t row) {
+  return tensor ? tensor + member * member_stride + (layer * s.rows + row) * row_size : nullptr;
+}
+template <class T>
+T* input_rows(const Stack& s, int64_t member, int64_t layer, int64_t row) {
+  return rows_of(static_cast<T*>(s.inputs), s.inputs_member, s.n, s, member, layer, row);
+}
+uint8_t* sign_rows(const Stack& s, int64_t member, int64_t layer, int64_t row) {
+  return rows_of(s.signs, s.signs_member, blocks_of(8, s.n), s, member, layer, row);
+}
+template <class C>
+C* inverse_rows(const Stack& s, int64_t member, int64_t layer, int64_t row) {
+  C* inverses = static_cast<C*>(s.inverses);
+  return rows_of(inverses, s.inverses_member, 1, s, member, layer / s.block.layers, row);
+}
+
+// The operand of a layer of a block that is not plain, made of a panel of what comes before: of the stream,
+// or of the layer before in the same block.
+template <class T, int V, class C = Compute<T>>
+void make_operand(const Stack& s, const C* before, const Tile<T>& tile, int64_t panel, int64_t valid,
+                  int64_t member, int64_t layer, int64_t row) {
+  const int64_t n = s.n, width = tile.width, size = panel * tile.features * width;
+  const bool activate = s.block.activate_first, norm = s.block.norm && layer % s.block.layers == 0;
+  const Vec<C> p = broadcast(C(activate ? s.p : 1)), minus_q = broadcast(C(activate ? -s.q : 1));
+  T* rows = input_rows<T>(s, member, layer, row);
+  C* inverses = norm ? inverse_rows<C>(s, member, layer, row) : nullptr;
+  uint8_t* signs = activate ? sign_rows(s, member, layer, row) : nullptr;
+  Lane<C>* words = tile.words + panel * tile.groups * width;
+  if (signs) std::memset(words, 0, size_t(tile.groups * width) * sizeof(Lane<C>));
+
+  for (int v = 0; v < V; ++v) {
+    const int64_t lane = v * kLanes<C>;
+    const C* x = before + size + lane;
+    Vec<C> mean{}, inverse = broadcast(C(1));
+    if (norm) {
+      if (s.block.center) mean = sum_of<C>(n, [&](int64_t f) { return load(x + f * width); }) / C(n);
+      const Vec<C> squared = sum_of<C>(n, [&](int64_t f) {
+        const Vec<C> centered = load(x + f * width) - mean;
+        return centered * centered;
+      });
+      inverse = C(1) / square_root(squared / C(n) + C(kNormEps));
+      if (inverses && lane < valid) store_some(inverses + lane, inverse, valid - lane);
+    }
+    for (int64_t f = 0; f < n; f += kLanes<C>) {
+      Vec<C> square[kLanes<C>];
+      Mask<C> bits{};
+      for (int i = 0; i < kLanes<C>; ++i) {
+        const Vec<C> z = (load(x + (f + i) * width) - mean) * inverse;
+        const Mask<C> nonnegative = z >= Vec<C>{};
+        square[i] = z * slope(nonnegative, p, minus_q);
+        bits |= nonnegative & (Lane<C>(f + i < n) << i);
+      }
+      if (signs) add_signs<C>(bits, f, kLanes<C>, words + lane, width);
+      put_operand<T, C>(tile.operand + terms<T>(size) + lane, f, width, square);
+      if (rows) store_square(square, rows + lane * n, valid - lane, n, f, s.past_caches);
+    }
+  }
+  if (signs) write_signs<C>(words, width, valid, n, signs);
+}
+
 template <class T, int V>
 void forward_tile(const Stack& s, int64_t member, int64_t first, int64_t count, const Tile<T>& tile) {
   using C = Compute<T>;
   const int64_t n = s.n, width = tile.width, size = tile.features * width;
-  const int64_t row0 = first * width, sign_bytes = blocks_of(8, n);
-  const Vec<C> p = broadcast(C(s.p)), minus_q = broadcast(C(-s.q));
+  const bool activate = !s.block.activate_first, signs = s.signs && activate;  // after the product
+  const Vec<C> p = broadcast(C(activate ? s.p : 1)), minus_q = broadcast(C(activate ? -s.q : 1));
   const C scale = C(multiplier(s, member));
-  const auto valid = [&](int64_t panel) { return smaller(width, s.rows - row0 - panel * width); };
-  // Rows of x_l that the panel has in `inputs`.
-  const auto inputs = [&](int64_t layer, int64_t panel) -> T* {
-    if (!s.inputs) return nullptr;
-    const int64_t row = layer * s.rows + row0 + panel * width;
-    return static_cast<T*>(s.inputs) + member * s.inputs_member + row * n;
+  const auto row = [&](int64_t panel) { return (first + panel) * width; };
+  const auto valid = [&](int64_t panel) { return smaller(width, s.rows - row(panel)); };
+  const auto make_operand_of = [&](const C* before, int64_t panel, int64_t layer) {
+    make_operand<T, V>(s, before, tile, panel, valid(panel), member, layer, row(panel));
   };
 
   for (int64_t panel = 0; panel < count; ++panel) {
-    const C* x = static_cast<const C*>(s.x) + (member * s.rows + row0 + panel * width) * n;
-    Operand<T>* operand = tile.operand ? tile.operand + terms<T>(panel * size) : nullptr;
-    load_panel<T, V>(x, valid(panel), n, width, tile.stream + panel * size, operand, inputs(0, panel));
+    const C* x = static_cast<const C*>(s.x) + (member * s.rows + row(panel)) * n;
+    C* stream = tile.stream + panel * size;
+    if (plain(s)) {
+      Operand<T>* operand = tile.operand ? tile.operand + terms<T>(panel * size) : nullptr;
+      T* inputs = input_rows<T>(s, member, 0, row(panel));
+      load_panel<T, V>(x, valid(panel), n, width, stream, operand, inputs);
+    } else {
+      load_panel<T, V>(x, valid(panel), n, width, stream, nullptr, static_cast<T*>(nullptr));
+      make_operand_of(tile.stream, panel, 0);
+    }
     std::memset(tile.branch + panel * size + n * width, 0, size_t(size - n * width) * sizeof(C));
   }
 
@@ -267,7 +353,7 @@ void forward_tile(const Stack& s, int64_t member, int64_t first, int64_t count, 
       const Operand<T>* rows = weight_rows(weight + j * n, n, M, tile.weights);
       for (int64_t panel = 0; panel < count; ++panel) {
         const Operand<T>* x;
-        if constexpr (kSame<T>) x = tile.stream + panel * size;
+        if constexpr (kSame<T>) x = (tile.operand ? tile.operand : tile.stream) + panel * size;
         else x = tile.operand + terms<T>(panel * size);
         outlined([&] {
           Vec<C> h[M][V]{}, sums[V]{};
@@ -285,37 +371,44 @@ void forward_tile(const Stack& s, int64_t member, int64_t first, int64_t count, 
           add_sums<C, V>(tile.sums + panel * width, sums);
           Lane<C>* words = tile.words + panel * tile.groups * width;
           for (int v = 0; v < V; ++v)
-            if (s.signs) add_signs<C>(bits[v], j, M, words + v * kLanes<C>, width);
+            if (signs) add_signs<C>(bits[v], j, M, words + v * kLanes<C>, width);
         });
       }
     });
 
+    const int64_t next = layer + 1;
     for (int64_t panel = 0; panel < count; ++panel) {
-      const int64_t row = row0 + panel * width;
-      if (s.signs)
+      if (signs)
         write_signs<C>(tile.words + panel * tile.groups * width, width, valid(panel), n,
-                       s.signs + member * s.signs_member + (layer * s.rows + row) * sign_bytes);
-      if (layer + 1 == s.layer_end)
-        finish_panel<T, V>(s, scale, tile, panel, valid(panel),
-                           static_cast<C*>(s.y) + (member * s.rows + row) * n);
-      else
-        finish_panel<T, V>(s, scale, tile, panel, valid(panel), inputs(layer + 1, panel), s.past_caches);
+                       sign_rows(s, member, layer, row(panel)));
+      if (next == s.layer_end) {
+        C* y = static_cast<C*>(s.y) + (member * s.rows + row(panel)) * n;
+        finish_panel<T, V>(s, scale, tile, panel, valid(panel), y);
+      } else if (next % s.block.layers) {
+        make_operand_of(tile.branch, panel, next);
+      } else {
+        T* inputs = plain(s) ? input_rows<T>(s, member, next, row(panel)) : nullptr;
+        finish_panel<T, V>(s, scale, tile, panel, valid(panel), inputs, s.past_caches);
+        if (!plain(s)) make_operand_of(tile.stream, panel, next);
+      }
     }
   }
 }
 
-// d = scale * (g - mean g) * phi'(h) for a panel, as the operand of the product and, where `kept` is
+// The slopes p and -q of phi.
+template <class C> struct Slopes { C p, minus_q; };
+
+// d = scale * (g - mean g) * phi'(h) for a panel of g, as the operand of the product and, where `kept` is
 // given, for the weight gradient.
-template <class T, int V>
-void branch_gradient(const Stack& s, Compute<T> scale, const Tile<T>& tile, int64_t panel,
-                     Operand<T>* operand, bfloat16* kept) {
-  using C = Compute<T>;
+template <class T, int V, class C = Compute<T>>
+void branch_gradient(const Stack& s, const C* gradient_of, C scale, bool mean_subtract, Slopes<C> phi,
+                     const Tile<T>& tile, int64_t panel, Operand<T>* operand, bfloat16* kept) {
   const int64_t size = panel * tile.features * tile.width;
   const Lane<C>* words = tile.words + panel * tile.groups * tile.width;
-  const Vec<C> p = broadcast(C(s.p)), minus_q = broadcast(C(-s.q)), factor = broadcast(scale);
+  const Vec<C> p = broadcast(phi.p), minus_q = broadcast(phi.minus_q), factor = broadcast(scale);
   for (int v = 0; v < V; ++v) {
     const int64_t lane = v * kLanes<C>;
-    const Vec<C> mean = s.mean_subtract ? load(tile.sums + panel * tile.width + lane) / C(s.n) : Vec<C>{};
+    const Vec<C> mean = mean_subtract ? load(tile.sums + panel * tile.width + lane) / C(s.n) : Vec<C>{};
     for (int64_t group = 0; group < s.n; group += kGroup) {
       const int64_t end = smaller(group + kGroup, s.n);
       Mask<C> word;
@@ -323,7 +416,7 @@ void branch_gradient(const Stack& s, Compute<T> scale, const Tile<T>& tile, int6
       const auto gradient = [&](int64_t j) {  // for one j of the group after another
         const Mask<C> nonnegative = (word & 1) != 0;
         word >>= 1;
-        const Vec<C> g = load(tile.stream + size + j * tile.width + lane);
+        const Vec<C> g = load(gradient_of + size + j * tile.width + lane);
         return residual_gradient(g, mean, factor, slope(nonnegative, p, minus_q));
       };
       if constexpr (kTerms<T> == 2) {
@@ -348,30 +441,79 @@ void branch_gradient(const Stack& s, Compute<T> scale, const Tile<T>& tile, int6
 // The type in which d is kept for the weight gradient.
 template <class T> using Kept = std::conditional_t<kTerms<T> == 2, T, Compute<T>>;
 
+// The sums over the features of the stream's gradient, in the order in which a product adds them to it.
+template <class T, int V, class C = Compute<T>>
+void sum_stream(int64_t n, int64_t count, const Tile<T>& tile) {
+  std::memset(tile.sums, 0, size_t(count * tile.width) * sizeof(C));
+  for (int64_t begin = 0; begin < n; begin += kStage)
+    for_blocks(begin, smaller(begin + kStage, n), [&](int64_t k, auto outputs) {
+      for (int64_t panel = 0; panel < count; ++panel) {
+        const C* stream = tile.stream + (panel * tile.features + k) * tile.width;
+        Vec<C> sums[V]{};
+        for_each<decltype(outputs)::value, V>(
+            [&](int m, int v) { sums[v] += load(stream + m * tile.width + v * kLanes<C>); });
+        add_sums<C, V>(tile.sums + panel * tile.width, sums);
+      }
+    });
+}
+
+// Adds the gradient of the x that a block begins with to the stream's, `inner` being that of phi(x).
+template <class T, int V, class C = Compute<T>>
+void add_activated(const Stack& s, const Tile<T>& tile, int64_t panel) {
+  const int64_t width = tile.width, size = panel * tile.features * width;
+  const Vec<C> p = broadcast(C(s.p)), minus_q = broadcast(C(-s.q));
+  for (int64_t j = 0; j < s.n; ++j) {
+    const Lane<C>* words = tile.words + (panel * tile.groups + j / kGroup) * width;
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = j * width + v * kLanes<C>;
+      Mask<C> word;
+      std::memcpy(&word, words + v * kLanes<C>, sizeof word);
+      const Mask<C> nonnegative = (word >> int(j % kGroup) & 1) != 0;
+      C* stream = tile.stream + size + at;
+      store(stream, load(stream) + load(tile.inner + size + at) * slope(nonnegative, p, minus_q));
+    }
+  }
+}
+
+// The same where `inner`, with its sums over the features, is the gradient of y, the normalized x.
+template <class T, int V, class C = Compute<T>>
+void add_normalized(const Stack& s, const Tile<T>& tile, int64_t panel, int64_t valid, const T* y_rows,
+                    const C* inverses) {
+  const int64_t n = s.n, width = tile.width, size = panel * tile.features * width;
+  load_panel<T, V>(y_rows, valid, n, width, tile.branch + size, nullptr, static_cast<T*>(nullptr));
+  for (int v = 0; v < V; ++v) {
+    const int64_t lane = v * kLanes<C>;
+    C* stream = tile.stream + size + lane;
+    const C *inner = tile.inner + size + lane, *y = tile.branch + size + lane;
+    const Vec<C> along =
+        sum_of<C>(n, [&](int64_t f) { return load(inner + f * width) * load(y + f * width); }) / C(n);
+    const Vec<C> mean = s.block.center ? load(tile.sums + panel * width + lane) / C(n) : Vec<C>{};
+    const Vec<C> inverse = lane < valid ? load_some(inverses + lane, valid - lane) : Vec<C>{};
+    for (int64_t f = 0; f < n * width; f += width)
+      store(stream + f, load(stream + f) + inverse * (load(inner + f) - mean - load(y + f) * along));
+  }
+}
+
 template <class T, int V>
 void backward_tile(const Stack& s, int64_t member, int64_t first, int64_t count, const Tile<T>& tile) {
   using C = Compute<T>;
   const int64_t n = s.n, width = tile.width, size = tile.features * width;
-  const int64_t row0 = first * width, sign_bytes = blocks_of(8, n);
+  const bool norm = s.block.norm, activate_first = s.block.activate_first;
   const C scale = C(multiplier(s, member));
-  const auto valid = [&](int64_t panel) { return smaller(width, s.rows - row0 - panel * width); };
+  const Slopes<C> phi = {C(s.p), C(-s.q)};
+  const auto row = [&](int64_t panel) { return (first + panel) * width; };
+  const auto valid = [&](int64_t panel) { return smaller(width, s.rows - row(panel)); };
+  const auto read_signs_of = [&](int64_t panel, int64_t layer) {
+    read_signs<C>(sign_rows(s, member, layer, row(panel)), width, valid(panel), n,
+                  tile.words + panel * tile.groups * width);
+  };
 
   for (int64_t panel = 0; panel < count; ++panel) {
-    const C* grad = static_cast<const C*>(s.x) + (member * s.rows + row0 + panel * width) * n;
+    const C* grad = static_cast<const C*>(s.x) + (member * s.rows + row(panel)) * n;
     load_panel<T, V>(grad, valid(panel), n, width, tile.stream + panel * size, nullptr,
                      static_cast<T*>(nullptr));
   }
-  std::memset(tile.sums, 0, size_t(count * width) * sizeof(C));
-  for (int64_t begin = 0; begin < n; begin += kStage)
-    for_blocks(begin, smaller(begin + kStage, n), [&](int64_t k, auto outputs) {
-      for (int64_t panel = 0; panel < count; ++panel) {
-        Vec<C> sums[V]{};
-        for_each<decltype(outputs)::value, V>([&](int m, int v) {
-          sums[v] += load(tile.stream + panel * size + (k + m) * width + v * kLanes<C>);
-        });
-        add_sums<C, V>(tile.sums + panel * width, sums);
-      }
-    });
+  sum_stream<T, V>(n, count, tile);
 
   for (int64_t layer = s.layer_end - 1; layer >= s.layer_begin; --layer) {
     const T* weight = static_cast<const T*>(s.weight) + member * s.weight_member + layer * s.weight_layer;
@@ -382,15 +524,24 @@ void backward_tile(const Stack& s, int64_t member, int64_t first, int64_t count,
       else return kept ? kept + panel * n * width : tile.branch + panel * size;
     };
 
+    const bool first_of_block = layer % s.block.layers == 0;
+    const bool last_of_block = (layer + 1) % s.block.layers == 0;
     for (int64_t panel = 0; panel < count; ++panel) {
-      const int64_t row = layer * s.rows + row0 + panel * width;
-      const uint8_t* signs = s.signs + member * s.signs_member + row * sign_bytes;
-      read_signs<C>(signs, width, valid(panel), n, tile.words + panel * tile.groups * width);
       bfloat16* half = nullptr;
       if constexpr (kTerms<T> == 2) half = kept ? kept + panel * n * width : nullptr;
-      branch_gradient<T, V>(s, scale, tile, panel, operand(panel), half);
+      const bool activated = !(activate_first && last_of_block);  // after this layer
+      if (activated) read_signs_of(panel, activate_first ? layer + 1 : layer);
+      const Slopes<C> slopes = activated ? phi : Slopes<C>{1, 1};
+      if (last_of_block)
+        branch_gradient<T, V>(s, tile.stream, scale, s.mean_subtract, slopes, tile, panel, operand(panel),
+                              half);
+      else
+        branch_gradient<T, V>(s, tile.inner, C(1), false, slopes, tile, panel, operand(panel), half);
     }
 
+    const bool to_stream = first_of_block && !norm && !activate_first;
+    C* target = to_stream ? tile.stream : tile.inner;
+    if (!to_stream) std::memset(target, 0, size_t(count * size) * sizeof(C));
     std::memset(tile.sums, 0, size_t(count * width) * sizeof(C));
     for (int64_t j = 0; j < n; j += kPiece<T>) {
       const int64_t length = smaller(kPiece<T>, n - j);
@@ -413,9 +564,9 @@ void backward_tile(const Stack& s, int64_t member, int64_t first, int64_t count,
               multiply(g, terms<T>(length), columns, 1, step, operand(panel) + terms<T>(j) * width, width,
                        next, n);
               for_each<M, V>([&](int m, int v) {
-                C* stream = tile.stream + panel * size + (k + m) * width + v * kLanes<C>;
-                g[m][v] += load(stream);
-                store(stream, g[m][v]);
+                C* sum = target + panel * size + (k + m) * width + v * kLanes<C>;
+                g[m][v] += load(sum);
+                store(sum, g[m][v]);
                 sums[v] += g[m][v];
               });
               if (j + length == n) add_sums<C, V>(tile.sums + panel * width, sums);
@@ -423,16 +574,28 @@ void backward_tile(const Stack& s, int64_t member, int64_t first, int64_t count,
         });
       }
     }
+
+    if (to_stream || !first_of_block) continue;
+    for (int64_t panel = 0; panel < count; ++panel) {
+      if (norm) {
+        add_normalized<T, V>(s, tile, panel, valid(panel), input_rows<T>(s, member, layer, row(panel)),
+                             inverse_rows<C>(s, member, layer, row(panel)));
+      } else {
+        read_signs_of(panel, layer);
+        add_activated<T, V>(s, tile, panel);
+      }
+    }
+    sum_stream<T, V>(n, count, tile);
   }
 
   for (int64_t panel = 0; panel < count; ++panel)
     for (int v = 0; v < V; ++v) {
-      const int64_t row = row0 + panel * width + v * kLanes<C>;
+      const int64_t row0 = row(panel) + v * kLanes<C>;
       for (int64_t f = 0; f < n; f += kLanes<C>) {
         Vec<C> square[kLanes<C>];
         for (int i = 0; i < kLanes<C>; ++i)
           square[i] = load(tile.stream + panel * size + (f + i) * width + v * kLanes<C>);
-        store_square(square, static_cast<C*>(s.y) + (member * s.rows + row) * n, s.rows - row, n, f);
+        store_square(square, static_cast<C*>(s.y) + (member * s.rows + row0) * n, s.rows - row0, n, f);
       }
     }
 }

@@ -10,7 +10,7 @@
 namespace depthnet {
 namespace {
 
-// The layers of the backward pass run in segments whose d stays in the caches between its two parts.
+// The blocks of the backward pass run in segments whose d stays in the caches between its two parts.
 constexpr int64_t kKeptBytes = 4 << 20;
 
 // From so many bytes on, the inputs that are saved would only push weights out of the caches.
@@ -85,7 +85,9 @@ void stack_backward(const StackKernel& kernel, Stack s, int threads) {
   s.panel = panel_rows(kernel, s, threads);
   const int64_t depth = s.layer_end, panels = s.members * panels_of(s), bytes = kernel.workspace(s);
   const int64_t layer_bytes = s.weight_grad ? panels * s.n * s.panel * kernel.kept_bytes : 0;
-  const int64_t segment = layer_bytes ? std::clamp(kKeptBytes / layer_bytes, int64_t(1), depth) : depth;
+  const int64_t layers = s.block.layers, blocks = depth / layers;
+  const int64_t fit = layer_bytes ? kKeptBytes / (layers * layer_bytes) : blocks;
+  const int64_t segment = std::clamp(fit, int64_t(1), blocks) * layers;
   const Scratch scratch(bytes * threads + segment * layer_bytes);
   if (s.weight_grad) {
     s.d = scratch.get() + bytes * threads;
@@ -100,8 +102,8 @@ void stack_backward(const StackKernel& kernel, Stack s, int threads) {
     // Enough tasks for all threads, also where there are few layers.
     const int64_t strip = int64_t(kernel.lanes) * kernel.most_vectors;
     const int64_t strips = s.members * (s.layer_end - s.layer_begin) * ((s.n + strip - 1) / strip);
-    const int64_t blocks = (s.n + kernel.outputs - 1) / kernel.outputs;
-    s.shares = std::clamp((4 * threads + strips - 1) / strips, int64_t(1), blocks);
+    const int64_t most = (s.n + kernel.outputs - 1) / kernel.outputs;
+    s.shares = std::clamp((4 * threads + strips - 1) / strips, int64_t(1), most);
     run(kernel.backward_weight, s, strips * s.shares, scratch.get(), bytes, threads);
   }
 }

@@ -1,6 +1,7 @@
 """The residual stack on a GPU: which kernels run in which order, and the memory between them.
 
-`stack_plan` chooses the regime and the tiles by the sizes alone; see docs/gpu_kernels.md.
+`stack_plan` chooses the regime and the tiles by the sizes alone; blocks that are not plain always run in
+the regime `gemm`.  See docs/gpu_kernels.md.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ import torch
 from torch import Tensor
 
 from depthnet.kernels.planning import Launch, Plan, arch_of, kind_of, shared_limit, stack_plan
-from depthnet.kernels.reference import Block, sign_bytes, stream_dtype
+from depthnet.kernels.reference import (
+    PLAIN,
+    Block,
+    row_norm,
+    row_norm_backward,
+    sign_bytes,
+    stream_dtype,
+)
 from depthnet.kernels.triton import INTERPRETED
 from depthnet.kernels.triton.residual import residual_backward, residual_forward
 from depthnet.kernels.triton.stack_layers import (
@@ -69,17 +77,21 @@ def residual_stack(
     inputs = torch.empty(shape, dtype=weight.dtype, device=x.device)
     shape = (members, depth, rows, sign_bytes(n)) if save else 0
     signs = torch.empty(shape, dtype=torch.uint8, device=x.device)
+    shape = (members, depth // block.layers, rows) if save and block.norm else 0
+    inverses = torch.empty(shape, dtype=stream_dtype(x.dtype), device=x.device)
     if y.numel():
         scales = None if scales is None else scales.contiguous()
         constants = _Constants(scale, scales, p, q, mean_subtract)
-        run = prepared(
-            members, rows, n, depth, kind_of(weight.dtype), x.device.index, mean_subtract
-        )
-        forward = {"narrow": _narrow_forward, "layers": _layers_forward, "gemm": _gemm_forward}
+        sizes = members, rows, n, depth, kind_of(weight.dtype), x.device.index, mean_subtract
+        run = prepared(*sizes) if block == PLAIN else None
+        forward = {"narrow": _narrow_forward, "layers": _layers_forward}
         saved = (inputs, signs) if save else (None, None)
         with torch.cuda.device_of(x):
-            forward[run.plan.regime](run, x, weight, y, *saved, constants)
-    return y, inputs, signs, y.new_empty(0, dtype=stream_dtype(x.dtype))
+            if run and run.plan.regime in forward:
+                forward[run.plan.regime](run, x, weight, y, *saved, constants)
+            else:
+                _gemm_forward(x, weight, y, *saved, inverses, constants, block)
+    return y, inputs, signs, inverses
 
 
 def residual_stack_backward(
@@ -103,13 +115,15 @@ def residual_stack_backward(
     if grad.numel():
         scales = None if scales is None else scales.contiguous()
         constants = _Constants(scale, scales, p, q, mean_subtract)
-        kind, device = kind_of(weight.dtype), grad.device.index
-        run = prepared(members, rows, n, depth, kind, device, mean_subtract)
-        backward = {"narrow": _narrow_backward, "layers": _layers_backward, "gemm": _gemm_backward}
+        sizes = members, rows, n, depth, kind_of(weight.dtype), grad.device.index, mean_subtract
+        run = prepared(*sizes) if block == PLAIN else None
+        backward = {"narrow": _narrow_backward, "layers": _layers_backward}
+        tensors = grad, weight, inputs, signs
         with torch.cuda.device_of(grad):
-            backward[run.plan.regime](
-                run, grad, weight, inputs, signs, grad_x, grad_weight, constants
-            )
+            if run and run.plan.regime in backward:
+                backward[run.plan.regime](run, *tensors, grad_x, grad_weight, constants)
+            else:
+                _gemm_backward(*tensors, inverses, grad_x, grad_weight, constants, block)
     elif grad_weight is not None:
         grad_weight.zero_()
     return grad_x
@@ -277,8 +291,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Non
         torch.baddbmm(out, a.to(out.dtype), b.to(out.dtype), beta=float(accumulate), out=out)
 
 
-def _gemm_forward(run, x, weight, y, inputs, signs, constants):
-    depth = weight.shape[1]
+def _gemm_forward(x, weight, y, inputs, signs, inverses, constants, block):
+    depth, layers = weight.shape[1], block.layers
     stream = x.to(stream_dtype(x.dtype), copy=True)
     h = torch.empty_like(stream)
     if inputs is None:
@@ -286,20 +300,70 @@ def _gemm_forward(run, x, weight, y, inputs, signs, constants):
         operands, layer_signs = [scratch] * depth, [None] * depth
     else:
         operands, layer_signs = inputs.unbind(1), signs.unbind(1)
-    operands[0].copy_(x)
+    from_stream = not (block.norm or block.activate_first)  # as it is
+    zeros = None if block == PLAIN else torch.zeros_like(stream[:1]).expand_as(stream)
+
+    def activate(h, operand, signs):
+        residual_forward(zeros, h, operand, None, signs, *_inside(constants))
+
+    if from_stream:
+        operands[0].copy_(x)
     for layer in range(depth):
+        first, last = layer % layers == 0, (layer + 1) % layers == 0
+        if block.activate_first:
+            activate(stream if first else h, operands[layer], layer_signs[layer])
+        elif block.norm and first:
+            normalized, inverse = row_norm(stream, block.norm)
+            operands[layer].copy_(normalized)
+            if inputs is not None:
+                inverses[:, layer // layers] = inverse.squeeze(-1)
         _product(operands[layer], weight[:, layer].mT, h)
-        following = operands[layer + 1] if layer + 1 < depth else None
-        residual_forward(stream, h, stream, following, layer_signs[layer], *constants)
+        if last and block.activate_first:
+            residual_forward(stream, h, stream, None, None, *_linear(constants))
+        elif last:
+            following = operands[layer + 1] if from_stream and layer + 1 < depth else None
+            residual_forward(stream, h, stream, following, layer_signs[layer], *constants)
+        elif not block.activate_first:
+            activate(h, operands[layer + 1], layer_signs[layer])
     y.copy_(stream)
 
 
-def _gemm_backward(run, grad, weight, inputs, signs, grad_x, grad_weight, constants):
+def _gemm_backward(grad, weight, inputs, signs, inverses, grad_x, grad_weight, constants, block):
     g = grad.to(stream_dtype(grad.dtype), copy=True)
+    u = None if block == PLAIN else torch.empty_like(g)  # the gradient of a layer's operand
     d = torch.empty(grad.shape, dtype=weight.dtype, device=grad.device)
+    inside, layers = _inside(constants), block.layers
     for layer in reversed(range(weight.shape[1])):
-        residual_backward(g, signs[:, layer], d, *constants)
+        first, last = layer % layers == 0, (layer + 1) % layers == 0
+        if not last:
+            residual_backward(u, signs[:, layer + block.activate_first], d, *inside)
+        elif block.activate_first:
+            residual_backward(g, signs[:, layer], d, *_linear(constants))
+        else:
+            residual_backward(g, signs[:, layer], d, *constants)
         if grad_weight is not None:
             torch.bmm(d.mT, inputs[:, layer], out=grad_weight[:, layer])
-        _product(d, weight[:, layer], g, accumulate=True)
+        if first and not (block.norm or block.activate_first):
+            _product(d, weight[:, layer], g, accumulate=True)
+            continue
+        _product(d, weight[:, layer], u)
+        if first and block.norm:
+            normalized, inverse = (
+                inputs[:, layer].to(g.dtype),
+                inverses[:, layer // layers, :, None],
+            )
+            g += row_norm_backward(u, normalized, inverse, block.norm)
+        elif first:
+            residual_backward(u, signs[:, layer], u, *inside)
+            g += u
     grad_x.copy_(g)
+
+
+def _inside(constants: _Constants) -> _Constants:
+    """Those of phi alone, as it is between the layers of a block."""
+    return constants._replace(scale=1.0, scales=None, mean_subtract=False)
+
+
+def _linear(constants: _Constants) -> _Constants:
+    """Those of the update with a branch that ends in a product: phi is the identity."""
+    return constants._replace(p=1.0, q=-1.0)

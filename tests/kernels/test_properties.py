@@ -2,7 +2,7 @@
 
 Of one layer the result is known within a bound: a term of a sum that passes at most k roundings is off by
 at most k u / (1 - k u) of itself, u being half the spacing of the numbers at 1.  On the native backend a
-deeper stack, a population and a checkpointed pass give the bits of their layers, networks and segments.
+deeper stack, a population and a checkpointed pass give the bits of their blocks, networks and segments.
 """
 
 import itertools
@@ -27,6 +27,16 @@ repeatable = settings(
 EDGES = [1, *(16 * i + j for i in range(1, 5) for j in (-1, 0, 1))]  # of vectors and words of signs
 WIDTHS = st.sampled_from(EDGES) | st.integers(1, 70)
 ROWS = st.sampled_from([0, *EDGES]) | st.integers(0, 70)
+BLOCKS = st.sampled_from(
+    [
+        {},
+        {"block_depth": 3},
+        {"norm": "layer"},
+        {"block_depth": 2, "norm": "rms"},
+        {"activate": "before"},
+        {"block_depth": 2, "activate": "before"},
+    ]
+)
 # Half precision has few digits and no tiny numbers: nothing underflows.
 NUMBERS = st.floats(-2, 2, width=16)
 
@@ -68,7 +78,8 @@ class Case:
 
 @st.composite
 def cases(draw, views=DENSE):
-    n, rows, depth = draw(WIDTHS), draw(ROWS), draw(st.integers(0, 6))
+    n, rows, block = draw(WIDTHS), draw(ROWS), draw(BLOCKS)
+    depth = block.get("block_depth", 1) * draw(st.integers(0, 6))
     lead = draw(st.sampled_from([(), (1,), (3,), (2, 2)]))
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -79,10 +90,9 @@ def cases(draw, views=DENSE):
 
     x, weight, g = normal(rows, n), normal(depth, n, n, std=n**-0.5), normal(rows, n)
     scale = torch.randn(lead, generator=generator) if draw(st.booleans()) else draw(NUMBERS)
-    activation = draw(NUMBERS), draw(NUMBERS)
-    return Case(
-        x, weight, g, scale, {"activation": activation, "mean_subtract": draw(st.booleans())}
-    )
+    activation, mean_subtract = (draw(NUMBERS), draw(NUMBERS)), draw(st.booleans())
+    options = {"activation": activation, "mean_subtract": mean_subtract, **block}
+    return Case(x, weight, g, scale, options)
 
 
 def assert_equal_bits(ours, theirs):
@@ -122,17 +132,17 @@ def test_a_population_is_its_networks_bit_by_bit(backend, case):
 @native
 @repeatable
 @given(case=cases())
-def test_a_stack_is_its_layers_one_after_another_bit_by_bit(backend, case):
-    # The stream between the layers is float32 or float64.
-    weight = case.weight
+def test_a_stack_is_its_blocks_one_after_another_bit_by_bit(backend, case):
+    # The stream between the blocks is float32 or float64.
+    weight, layers = case.weight, case.options.get("block_depth", 1)
     case = replace(case, x=case.x.to(stream_dtype(weight.dtype)))
 
-    def layers(x, weight):
-        for i in range(weight.shape[-3]):
-            x = kernels.residual_stack(x, weight[..., i : i + 1, :, :], case.scale, **case.options)
+    def blocks(x, weight):
+        for block in weight.split(layers, -3):
+            x = kernels.residual_stack(x, block, case.scale, **case.options)
         return x
 
-    assert_equal_bits(case.run(), grads(layers, [case.x, weight], case.g))
+    assert_equal_bits(case.run(), grads(blocks, [case.x, weight], case.g))
 
 
 def gamma(roundings, dtype):

@@ -19,10 +19,11 @@ def inputs(lead=(), rows=300, n=70, depth=5, dtype=torch.float32):
     return x, (torch.randn(*lead, depth, n, n) / n**0.5).to(dtype), g
 
 
-def run(x, weight, g, every=None):
-    return grads(
-        lambda *xw: kernels.residual_stack(*xw, 0.3, checkpoint_every=every), [x, weight], g
-    )
+def run(x, weight, g, every=None, **block):
+    def stack(x, weight):
+        return kernels.residual_stack(x, weight, 0.3, checkpoint_every=every, **block)
+
+    return grads(stack, [x, weight], g)
 
 
 def same(ours, theirs):
@@ -43,6 +44,23 @@ def test_residual_stack_has_equal_bits_on_any_number_of_threads(
         for threads in (2, 3, 5):
             set_threads(threads)
             assert same(run(*arguments, every), expected), f"{rows} rows, {threads} threads"
+
+
+@native
+@pytest.mark.parametrize(
+    "block",
+    [{"block_depth": 2}, {"block_depth": 3, "norm": "layer"}, {"activate": "before"}],
+    ids=str,
+)
+def test_other_blocks_have_equal_bits_on_any_number_of_threads(backend, block, set_threads):
+    # So deep that the backward pass takes segments, of more blocks where panels are narrower.
+    arguments = inputs(depth=60)
+    set_threads(1)
+    expected = run(*arguments, **block)
+    assert not expected[2].isnan().any()
+    for threads in (2, 3):
+        set_threads(threads)
+        assert same(run(*arguments, **block), expected), f"{threads} threads"
 
 
 # A forked child has none of its parent's threads, and whoever waits for them waits for ever.  torch's
