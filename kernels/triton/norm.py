@@ -1,5 +1,5 @@
-"""The operator residual_norm: one launch forward; backward one, and one that adds up what its programs
-have of the gradients of weight and bias.
+"""The operator residual_norm: one launch forward; backward one, and one for each of weight and bias, which
+adds up what the programs have of its gradient.
 
 A program handles tiles of ROWS rows by COLS columns.  A row that fits into COLS is read once and stays in
 registers.  A LONG one has several tiles, and all but the first are read anew in every pass.
@@ -339,7 +339,7 @@ def residual_norm_backward(
             *(rows, pieces, scale),
             **options,
         )
-    totals = iter(sums.sum(1).unbind())
+    totals = iter([part.sum(0) for part in sums])  # results must not share memory
     empty = (statistics.new_empty(0) for _ in wanted)
     return grad_x, grad_branch, *(next(totals if given else empty) for given in wanted)
 
