@@ -59,7 +59,7 @@ $(VENV)/.python:
 	touch $@
 
 $(VENV)/.run: $(VENV)/.python $(NATIVE)
-	$(PIP) --editable '.[cli,data,plot,report,stats,sweep]'
+	$(PIP) --editable '.[cli,data,language,plot,report,stats,sweep]'
 	$(BIN)/depthnet doctor
 	touch $@
 

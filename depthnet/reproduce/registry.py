@@ -68,6 +68,11 @@ STUDIES = {
         "Of all phi(h) = p max(h, 0) + q max(-h, 0), |h| has the most diverse gradients; it trains better "
         "than relu (section 8.3, figure 3).",
     ),
+    "linearization": Entry(
+        "linearization:LinearizationStudy",
+        "With several layers a block every limit loses something: stability, feature diversity, or what "
+        "layers of a block learn together (section 9).",
+    ),
     "fig10": Entry(
         "learning_rates:Fig10",
         "Under Depth-muP the best learning rate stays and deeper is better; under (1/2, 0) and (0, 0) it "
