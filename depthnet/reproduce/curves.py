@@ -366,7 +366,8 @@ class Curves(DataStudy):
         figure.legend(handles, labels, loc="outside right center", frameon=False)
         figure.suptitle(
             f"{self.claim}\n{self.dataset.source['name']}, width {self.width}, {self.steps} steps, "
-            f"{self.seeds} seeds\n★ optimum and its 95 % interval   × diverged, or above the scale",
+            f"{self.seeds} seed{'s' * (self.seeds > 1)}\n"
+            "★ optimum and its 95 % interval   × diverged, or above the scale",
             fontsize=11,
         )
         return figure

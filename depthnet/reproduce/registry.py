@@ -123,6 +123,19 @@ STUDIES = {
         "With blocks of two layers no parametrization keeps all that Depth-muP keeps with one "
         "(section 9); does the best learning rate move under all with alpha + gamma = 1?",
     ),
+    "fig14": Entry(
+        "transformers:Fig14",
+        "A transformer's loss hardly depends on the block multiplier (figure 14).",
+    ),
+    "fig15": Entry(
+        "transformers:Fig15",
+        "Deeper transformers are worse early in training and better at its end (figure 15).",
+    ),
+    "fig16": Entry(
+        "transformers:Fig16",
+        "A transformer's best learning rate does not depend on depth in the middle of training and falls "
+        "as L^-1/2 at its end; the largest viable one falls as L^-1/2 at both times (figure 16).",
+    ),
 }
 
 

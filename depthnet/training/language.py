@@ -112,7 +112,7 @@ class LanguageTrainer:
         self.optimizer = AdamW(
             self.model, 2**settings.log2_lr, BETAS, weight_decay=settings.weight_decay
         )
-        self.scheduler = _schedule(self.optimizer, settings.steps, settings.warmup)
+        self.scheduler = schedule(self.optimizer, settings.steps, settings.warmup)
         self.step, self.seconds = 0, 0.0
         self.validation_loss: float | None = None
 
@@ -180,7 +180,8 @@ class LanguageTrainer:
         self.validation_loss = state["validation_loss"]
 
 
-def _schedule(optimizer: AdamW, steps: int, warmup: float) -> torch.optim.lr_scheduler.LRScheduler:
+def schedule(optimizer: AdamW, steps: int, warmup: float) -> torch.optim.lr_scheduler.LRScheduler:
+    """Rising in the part `warmup` of the steps, then falling to a tenth by half a cosine."""
     rising = int(warmup * steps)
     (rate,) = {group["lr"] for group in optimizer.param_groups}
     cosine = CosineAnnealingLR(optimizer, steps - rising, eta_min=FINAL_RATE * rate)
