@@ -94,13 +94,11 @@ def run_doctor(options: argparse.Namespace) -> int:
     accelerator = (
         torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     )
-    where = (
-        f"{accelerator}; residual operators run there on the reference backend"
-        if accelerator
-        else "none found"
-    )
-    terminal.print(f"  accelerator: {where}", highlight=False)
-    for requirement in ("triton", "matplotlib", "scikit-learn", "scipy", "optuna", "rich"):
+    terminal.print(f"  accelerator: {accelerator or 'none found'}", highlight=False)
+    for requirement in (
+        *("triton", "matplotlib", "scikit-learn", "scipy", "optuna", "rich"),
+        *("tokenizers", "safetensors"),
+    ):
         try:
             version = importlib.metadata.version(requirement)
         except importlib.metadata.PackageNotFoundError:

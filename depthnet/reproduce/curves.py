@@ -117,7 +117,7 @@ class Curves(DataStudy):
     lr_step: float = 1.0
     log2_a: tuple[float, ...] = (-1.5,)
     seeds: int = 3
-    steps: int = 200
+    steps: int = 500
     batch: int = 32
     early: tuple[float, float] = (0.0, 0.2)
     late: tuple[float, float] = (0.8, 1.0)
