@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NORMS = ("layer", "rms")
 
 
 def shape_text(tensor: Tensor) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from depthnet._checks import number, one_of
 from depthnet.kernels.checks import (
+    NORMS,
     check_float_tensor,
     check_no_tangent,
     check_same,
@@ -17,8 +18,6 @@ from depthnet.kernels.checks import (
 )
 from depthnet.kernels.dispatch import call, register, register_autograd, select
 from depthnet.kernels.reference import stream_dtype
-
-NORMS = ("layer", "rms")
 
 
 def _residual_norm(x, branch, *args):

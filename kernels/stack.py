@@ -10,6 +10,7 @@ from torch import Tensor
 from depthnet._activations import slopes
 from depthnet._checks import integer, one_of
 from depthnet.kernels.checks import (
+    NORMS,
     check_float_tensor,
     check_no_tangent,
     check_same,
@@ -25,8 +26,6 @@ from depthnet.kernels.dispatch import (
     select,
 )
 from depthnet.kernels.reference import Block, sign_bytes, stream_dtype
-
-NORMS = ("layer", "rms")
 
 
 def _segments(depth: int, every: int) -> list[tuple[int, int]]:

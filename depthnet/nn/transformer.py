@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from depthnet._checks import integer, number, one_of
 from depthnet.kernels import residual_norm
+from depthnet.kernels.checks import NORMS
 from depthnet.kernels.reference import stream_dtype
 from depthnet.nn.generation import Cache, sample
 from depthnet.nn.layers import normal_
@@ -15,7 +16,6 @@ from depthnet.scaling import Parametrization, Rule
 from depthnet.scaling.groups import group, track
 
 MLPS = ("gelu", "swiglu", "abs")
-NORMS = ("layer", "rms")
 POSITIONS = ("rotary", "learned")
 
 EPS = 1e-5  # of the norms
