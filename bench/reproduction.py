@@ -2,7 +2,7 @@
 
 Studies run in runs/NAME, where a stopped one goes on; results.csv, summary.json and the picture are
 copied to bench/results/reproduce/NAME.  The page has every study that is there, run now or before.
-All together take forty minutes on two cores.
+All together take an hour on two cores.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ HEAD = """# Reproduction
 The claims of *Tensor Programs VI* (arXiv 2310.02244) as studies: `depthnet reproduce NAME` runs one,
 `depthnet reproduce --list` lists them, `--set KEY VALUE` changes a setting. What follows is what
 `make reproduce` found: every verdict is computed from the run's data, by rules in the code of each study
-(`depthnet/reproduce`), and stands here as it came out.
+(`depthnet/reproduce`), and stands here as it came out. Times are wall-clock times; other work may have run on
+the machine.
 """
 
 
