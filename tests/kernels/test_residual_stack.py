@@ -6,6 +6,7 @@ from backends import run_on
 from cases import (
     ACTIVATIONS,
     BACKENDS,
+    NATIVE,
     WIDTHS,
     assert_as_accurate,
     grads,
@@ -24,6 +25,12 @@ MANY = 48 if triton.INTERPRETED else 500
 @pytest.fixture(params=[*BACKENDS, "triton-layers", "triton-gemm"])
 def backend(request):
     """Triton's kernels also as they run wider stacks than these."""
+    yield from run_on(request)
+
+
+@pytest.fixture(params=["reference", *NATIVE, "triton-gemm"])
+def block_backend(request):
+    """Of other blocks than plain ones, for which Triton has one regime only."""
     yield from run_on(request)
 
 
@@ -95,16 +102,18 @@ def test_activations(backend, mean_subtract):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_other_blocks(backend, block, dtype):
+def test_other_blocks(block_backend, block, dtype):
     layers = block.get("block_depth", 1)
-    for n, rows in ((2, 5), (33, 5), (64, 40), (129, 17)):
+    for n, rows in (
+        ((2, 5), (33, 5)) if triton.INTERPRETED else ((2, 5), (33, 5), (64, 40), (129, 17))
+    ):
         for lead, blocks in (((), 1), ((2,), 3)):
             x, weight, g = draw(n, blocks * layers, lead, rows, dtype, **block)
             check(f"n={n} L={blocks}", [x, weight], g, stack(**block), plain(**block))
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_other_blocks_without_mean_subtraction_with_other_slopes(backend, block):
+def test_other_blocks_without_mean_subtraction_with_other_slopes(block_backend, block):
     options = {"activation": (0.5, -2.0), "mean_subtract": False, **block}
     x, weight, g = draw(33, 2 * block.get("block_depth", 1), **options)
     check(str(block), [x, weight], g, stack(**options), plain(**options))
@@ -112,14 +121,14 @@ def test_other_blocks_without_mean_subtraction_with_other_slopes(backend, block)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_other_blocks_in_half_precision(backend, block, dtype):
+def test_other_blocks_in_half_precision(block_backend, block, dtype):
     depth = 4 * block.get("block_depth", 1)
     x, weight, g = draw(64, depth, rows=MANY, dtype=dtype, away_from_kinks=0)
     check(str(block), [x, weight], g, stack(0.5, **block), plain(0.5, **block))
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_other_blocks_checkpointed_for_members_of_their_own(backend, block):
+def test_other_blocks_checkpointed_for_members_of_their_own(block_backend, block):
     scale = torch.tensor([0.5, 0.25, 1.0])
     x, weight, g = draw(20, 5 * block.get("block_depth", 1), (3,), **block)
     for every in (1, 2):
@@ -128,7 +137,7 @@ def test_other_blocks_checkpointed_for_members_of_their_own(backend, block):
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_gradcheck_of_other_blocks(backend, block):
+def test_gradcheck_of_other_blocks(block_backend, block):
     layers = block.get("block_depth", 1)
     x, weight, _ = draw(5, 2 * layers, (2,), 3, torch.float64, away_from_kinks=1e-3, **block)
     inputs = (x.requires_grad_(), weight.requires_grad_())
