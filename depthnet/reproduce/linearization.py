@@ -64,8 +64,8 @@ class LinearizationStudy(DiversityStudy):
     title: ClassVar[str] = "Deeper blocks: does every limit lose something?"
     parametrizations: tuple[str, ...] = ("depth_mup", "0.75,0.25", "ode", "half_zero")
     block_depths: tuple[int, ...] = (1, 2)
-    depths: tuple[int, ...] = (64, 128, 256, 512)
-    steps: tuple[int, ...] = (0, 3, 100)
+    depths: tuple[int, ...] = (32, 64, 128, 256)
+    steps: tuple[int, ...] = (0, 3, 50)
     lr: float = 2**-8
 
     def __post_init__(self) -> None:

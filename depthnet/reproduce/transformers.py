@@ -72,7 +72,7 @@ class Transformers(Curves):
     tuned: float = -8.0
     multipliers: tuple[float, ...] = (-5.0, -3.0, -1.0, 0.0)
     seeds: int = 1
-    steps: int = 200
+    steps: int = 150
     batch: int = 8
     microbatch: int = 8
     early: tuple[float, float] = (0.05, 0.1)
