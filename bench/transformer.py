@@ -33,7 +33,7 @@ from depthnet.kernels.triton.norm import MOST_PROGRAMS
 VOCABULARY = 256
 HEAD = 64
 # width, depth, batch, context
-SHAPES = ((128, 8, 8, 128), (256, 8, 8, 256), (512, 4, 4, 256))
+SHAPES = ((128, 8, 8, 128), (256, 4, 8, 256))
 AUDITED = (1024, 16, 8, 1024)
 MLPS = ("gelu", "swiglu", "abs")
 
