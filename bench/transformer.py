@@ -184,7 +184,7 @@ class TraceAll(Trace):
         return out
 
 
-def audit() -> list[dict]:
+def audit(mlps: list[str]) -> list[dict]:
     """Launches and bytes of a step in bfloat16 autocast; see bench/roofline.py for how they are found."""
     width, depth, batch, context = AUDITED
 
@@ -211,7 +211,7 @@ def audit() -> list[dict]:
         return total
 
     rows = []
-    for mlp in MLPS:
+    for mlp in mlps:
         traces = {
             "depthnet": eager(0, mlp),
             "depthnet, compiled": compiled(0, mlp),
@@ -268,7 +268,7 @@ def main() -> None:
     args = parse_args(parser)
     print_machine(args.device)
     if args.audit:
-        rows = audit()
+        rows = audit(args.mlp)
         columns = ("mlp", "provider", "launches", "mbyte", "optimizer_mbyte", "gflop")
         title = "Forward and backward, n = {}, L = {}, B = {}, T = {}, bfloat16".format(*AUDITED)
         print_table(title, columns, [tuple(row[key] for key in columns) for row in rows])
