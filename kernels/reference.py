@@ -140,15 +140,12 @@ def residual_norm(
     dtype = stream_dtype(x.dtype)
     s = (x.to(dtype) + scale * branch.to(dtype)).to(x.dtype)
     wide = s.to(dtype)
-    mean = wide.mean(-1, keepdim=True) if center else None
-    centered = wide if mean is None else wide - mean
-    rstd = (centered.square().mean(-1, keepdim=True) + eps).rsqrt()
-    y = centered * rstd
+    y, rstd = row_norm(wide, "layer" if center else "rms", eps)
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
     if not save:
         return s, y.to(branch.dtype), wide.new_empty(0)
-    statistics = rstd if mean is None else torch.cat((mean, rstd), 1)
+    statistics = torch.cat((wide.mean(-1, keepdim=True), rstd), 1) if center else rstd
     return s, y.to(branch.dtype), statistics.mT.contiguous()
 
 
@@ -168,8 +165,7 @@ def residual_norm_backward(
     normalized = (s.to(dtype) - mean[0] if mean else s.to(dtype)) * rstd
     wide = grad_y.to(dtype)
     a = wide if weight is None else wide * weight
-    g = a - normalized * (a * normalized).mean(-1, keepdim=True)
-    g = rstd * (g - a.mean(-1, keepdim=True) if mean else g)
+    g = row_norm_backward(a, normalized, rstd, "layer" if mean else "rms")
     g = g if grad_s is None else g + grad_s.to(dtype)
     grad_weight = (wide * normalized).sum(0) if weight_grad else wide.new_empty(0)
     grad_bias = wide.sum(0) if bias_grad else wide.new_empty(0)
@@ -209,10 +205,10 @@ def _table_rows(index: Tensor, features: int) -> Tensor:
     return index + features * torch.arange(len(index), device=index.device)[:, None, None]
 
 
-def row_norm(x: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+def row_norm(x: Tensor, norm: str, eps: float = NORM_EPS) -> tuple[Tensor, Tensor]:
     """(x - mean) / std, or without the mean for `rms`, over the last dimension; and 1/std, (..., 1)."""
     centered = subtract_mean(x, norm == "layer")
-    inverse = torch.rsqrt(centered.square().mean(-1, keepdim=True) + NORM_EPS)
+    inverse = torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
     return centered * inverse, inverse
 
 
