@@ -76,15 +76,15 @@ class WorkerProcess:
     def until_stopped(self) -> None:
         """Wait for it to be stopped by SIGSTOP."""
         stat = Path(f"/proc/{self.process.pid}/stat")
-        self._until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+        self.until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
 
     def until_printed(self, words: str) -> None:
-        self._until(lambda: words in self.printed)
+        self.until(lambda: words in self.printed)
 
-    def _until(self, condition, timeout: float = 60) -> None:
-        until = time.monotonic() + timeout
+    def until(self, condition, timeout: float = 60) -> None:
+        deadline = time.monotonic() + timeout
         while not condition():
-            alive = self.process.is_alive() and time.monotonic() < until
+            alive = self.process.is_alive() and time.monotonic() < deadline
             assert alive, f"ended with {self.process.exitcode} before that:\n{self.printed}"
             time.sleep(0.01)
 

@@ -222,8 +222,10 @@ def test_two_workers_of_which_one_is_killed_and_started_again(
     shared, start, postgresql, undisturbed
 ):
     folders = ("out", "out") if shared else ("one", "other")
-    killed = start(folders[0], postgresql, at=("step", 60, signal.SIGKILL))
+    killed = start(folders[0], postgresql, at=("step", 60, signal.SIGSTOP))
+    killed.until_stopped()  # in its job, which the other cannot have taken
     other = start(folders[1], postgresql)
+    killed.signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     again = start(folders[0], postgresql)
     for worker in (again, other):
@@ -274,11 +276,14 @@ def test_a_worker_taken_for_dead_comes_back(at, shared, start, postgresql, undis
 
 def test_two_workers_of_a_search(start, text, postgresql, tmp_path, undisturbed_search):
     study = study_file(tmp_path, text, SEARCH)
-    workers = [start(out, postgresql, study) for out in ("one", "other")]
-    for worker in workers:
+    one = start("one", postgresql, study, at=("claim", 1, signal.SIGSTOP))
+    one.until_stopped()
+    other = start("other", postgresql, study)
+    other.until(lambda: len(holders(postgresql)) == 2)
+    one.signal(signal.SIGCONT)
+    for worker in (one, other):
         assert worker.wait() == 0, worker.printed
     assert_same(trials(postgresql), undisturbed_search)
-    assert len(holders(postgresql)) == 2
 
 
 # ---- storages ----
