@@ -137,7 +137,7 @@ def after_fusion(build: Callable[[], nn.Module], loss: Callable[[Callable], Tens
 
     def count(nodes):
         # What an operator with several results writes is found at its results, which are no kernels.
-        written: Counter = Counter()
+        written = Counter()
         for node in nodes:
             if isinstance(node.node, MultiOutput):
                 layout = node.node.get_layout()
@@ -148,10 +148,9 @@ def after_fusion(build: Callable[[], nn.Module], loss: Callable[[Callable], Tens
             if not isinstance(node, NopKernelSchedulerNode) and not isinstance(
                 node.node, MultiOutput
             ):
-                own = (
-                    node.node.get_name() if node.node else None
-                )  # of a fused one none is an operator
-                moved = node.get_read_write_buffers_sizes() + written[own]
+                moved = node.get_read_write_buffers_sizes()
+                if node.node is not None:  # not several nodes fused, none of which is an operator
+                    moved += written[node.node.get_name()]
                 kernels[Kernel(node.estimate_flops() or 0, moved)] += 1
         raise Counted
 
