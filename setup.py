@@ -29,6 +29,7 @@ PER_ISA = [
     "csrc/cpu/residual.cpp",
     "csrc/cpu/residual_norm.cpp",
     "csrc/cpu/stack.cpp",
+    "csrc/cpu/transformer.cpp",
     "csrc/cpu/linear.cpp",
     "csrc/cpu/optimizer.cpp",
     "csrc/cpu/peak.cpp",

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import depthnet
+from depthnet.kernels.mlp_activation import MLPS
 from depthnet.kernels.triton.norm import MOST_PROGRAMS
 
 VOCABULARY = 256
@@ -35,7 +36,6 @@ HEAD = 64
 # width, depth, batch, context
 SHAPES = ((128, 8, 8, 128), (256, 4, 8, 256))
 AUDITED = (1024, 16, 8, 1024)
-MLPS = ("gelu", "swiglu", "abs")
 
 
 class PlainLayer(nn.Module):

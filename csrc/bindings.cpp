@@ -1,8 +1,10 @@
 // depthnet._C: the native kernels on raw addresses and sizes.  Shapes, dtypes and devices are checked
 // by the callers in depthnet.kernels.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <memory>
 #include <vector>
@@ -131,6 +133,32 @@ void residual_norm_backward(int dtype, int branch_dtype, bool center, int64_t ro
     run_residual_norm_backward(kernel, r, address<float>(weight_grad), address<float>(bias_grad), threads);
 }
 
+// A null grad: forward.
+void mlp_activation(int dtype, int kind, int64_t rows, int64_t n, uintptr_t grad, uintptr_t h, uintptr_t out,
+                    int threads) {
+  const MlpActivation m = {n, address<void>(h), address<void>(grad), address<void>(out)};
+  const MlpActivationKernel& kernel = selected->mlp_activation[kind][dtype];
+  const auto run = grad ? kernel.backward : kernel.forward;
+  const bool by_rows = kind == kSwiglu;
+  py::gil_scoped_release nogil;
+  parallel_for(threads, by_rows ? rows : rows * n, 1 + kElementsPerThread / (by_rows ? n + 1 : 1),
+               [&](int64_t begin, int64_t end, int) { run(m, begin, end); });
+}
+
+// parts: the addresses and strides over batch, heads and tokens of queries, keys and values.
+void rotary(int dtype, bool back, int64_t batch, int64_t tokens, int64_t heads, int64_t size, uintptr_t qkv,
+            uintptr_t rotation, const std::array<std::array<int64_t, 4>, 3>& parts, int threads) {
+  Rotary r = {tokens, heads, size, address<void>(qkv), address<void>(rotation), {}};
+  for (int i = 0; i < 3; ++i) {
+    const auto& [data, of_batch, of_head, of_token] = parts[i];
+    r.parts[i] = {address<void>(uintptr_t(data)), of_batch, of_head, of_token};
+  }
+  const RotaryKernel run = selected->rotary_heads[back][dtype];
+  py::gil_scoped_release nogil;
+  parallel_for(threads, batch * tokens, 1 + kElementsPerThread / (3 * heads * size + 1),
+               [&](int64_t begin, int64_t end, int) { run(r, begin, end); });
+}
+
 Stack stack_of(int64_t members, int64_t depth, int64_t rows, int64_t n, uintptr_t weight,
                int64_t weight_member, int64_t weight_layer, uintptr_t x, uintptr_t y, uintptr_t inputs,
                uintptr_t signs, uintptr_t inverses, int64_t block_layers, const std::string& norm,
@@ -247,6 +275,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("residual_backward", &residual_backward);
   m.def("residual_norm_forward", &residual_norm_forward);
   m.def("residual_norm_backward", &residual_norm_backward);
+  m.def("mlp_activation", &mlp_activation);
+  m.def("rotary", &rotary);
   m.def("residual_stack_forward", &residual_stack_forward);
   m.def("residual_stack_backward", &residual_stack_backward);
   m.def("linear", &linear);

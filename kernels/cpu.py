@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,18 +11,24 @@ from depthnet.kernels.native import _C, MISSING
 from depthnet.kernels.reference import Block, sign_bytes, stream_dtype
 from depthnet.kernels.step import DTYPES, StepTables
 
+SINGLE = tuple(dtype for dtype in DTYPES if dtype != torch.float64)
 OPS = {  # the operators, and the dtypes that their kernels are for
     "embedding_sum": (torch.float32, torch.float64),
     "embedding_sum_backward": (torch.float32, torch.float64),
     "linear": (torch.float32, torch.float64),
+    "mlp_activation": SINGLE,
+    "mlp_activation_backward": SINGLE,
     "optimizer_step_": tuple(DTYPES),
     "residual_norm": tuple(DTYPES),
     "residual_norm_backward": tuple(DTYPES),
     "residual_stack": tuple(DTYPES),
     "residual_stack_backward": tuple(DTYPES),
+    "rotary": SINGLE,
+    "rotary_backward": SINGLE,
     "scaled_residual": tuple(DTYPES),
     "scaled_residual_backward": tuple(DTYPES),
 }
+MLPS = {"gelu": 0, "abs": 1, "swiglu": 2}  # csrc/cpu/kernels.h
 
 
 def missing() -> list[str]:
@@ -139,6 +147,51 @@ def residual_norm_backward(
         *(*map(_address, tensors), scale, torch.get_num_threads()),
     )
     return grad_x, grad_branch, *sums
+
+
+def mlp_activation(h: Tensor, kind: str) -> Tensor:
+    return _mlp_activation(h, None, kind)
+
+
+def mlp_activation_backward(grad: Tensor, h: Tensor, kind: str) -> Tensor:
+    return _mlp_activation(h, grad, kind)
+
+
+def _mlp_activation(h: Tensor, grad: Tensor | None, kind: str) -> Tensor:
+    h, grad = h.contiguous(), _contiguous(grad)
+    rows, m = h.shape
+    n = m // 2 if kind == "swiglu" else m
+    out = h.new_empty((rows, n) if grad is None else h.shape)
+    if out.numel():
+        addresses = map(_address, (grad, h, out))
+        _C.mlp_activation(DTYPES[h.dtype], MLPS[kind], rows, n, *addresses, torch.get_num_threads())
+    return out
+
+
+def rotary(qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    qkv = qkv.contiguous()
+    batch, tokens, _, heads, size = qkv.shape
+    parts = tuple(qkv.new_empty(batch, heads, tokens, size) for _ in range(3))
+    _rotary(False, qkv, rotation, parts)
+    return parts
+
+
+def rotary_backward(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor) -> Tensor:
+    parts = [part if part.stride(-1) == 1 else part.contiguous() for part in (q, k, v)]
+    batch, heads, tokens, size = q.shape
+    qkv = q.new_empty(batch, tokens, 3, heads, size)
+    _rotary(True, qkv, rotation, parts)
+    return qkv
+
+
+def _rotary(back: bool, qkv: Tensor, rotation: Tensor, parts: Sequence[Tensor]) -> None:
+    batch, tokens, _, heads, size = qkv.shape
+    rotation = rotation.contiguous()
+    where = [(part.data_ptr(), *part.stride()[:3]) for part in parts]
+    _C.rotary(
+        *(DTYPES[qkv.dtype], back, batch, tokens, heads, size, qkv.data_ptr()),
+        *(rotation.data_ptr(), where, torch.get_num_threads()),
+    )
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

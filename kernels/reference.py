@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from depthnet.kernels.step import StepTables
 
@@ -77,7 +78,7 @@ def sign_bytes(n: int) -> int:
 
 def pack_signs(h: Tensor) -> Tensor:
     """Bits of h >= 0, eight to a byte, lowest first: (..., n) -> uint8 (..., ceil(n/8))."""
-    bits = torch.nn.functional.pad((h >= 0).to(torch.uint8), (0, -h.shape[-1] % 8))
+    bits = functional.pad((h >= 0).to(torch.uint8), (0, -h.shape[-1] % 8))
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=h.device)
     return (bits.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
 
@@ -172,6 +173,54 @@ def residual_norm_backward(
     return g.to(s.dtype), (scale * g).to(grad_y.dtype), grad_weight, grad_bias
 
 
+def mlp_activation(h: Tensor, kind: str) -> Tensor:
+    """gelu(h), |h| or, for `swiglu`, silu of the first half of h times the second; h is (rows, n)."""
+    wide = h.to(stream_dtype(h.dtype))
+    if kind == "swiglu":
+        gate, up = wide.chunk(2, -1)
+        y = functional.silu(gate) * up
+    else:
+        y = functional.gelu(wide) if kind == "gelu" else wide.abs()
+    return y.to(h.dtype)
+
+
+def mlp_activation_backward(grad: Tensor, h: Tensor, kind: str) -> Tensor:
+    """The gradient of h."""
+    dtype = stream_dtype(h.dtype)
+    g, wide = grad.to(dtype), h.to(dtype)
+    if kind == "swiglu":
+        gate, up = wide.chunk(2, -1)
+        on = gate.sigmoid()
+        silu = gate * on
+        d = torch.cat((g * up * (on + silu * (1 - on)), g * silu), -1)
+    else:
+        d = torch.ops.aten.gelu_backward(g, wide) if kind == "gelu" else g * wide.sgn()
+    return d.to(h.dtype)
+
+
+def rotary(qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, (B, heads, T, size), of qkv, (B, T, 3, heads, size); q and k turned by the rotation."""
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    cos, sin = rotation.unbind(1)
+
+    def turned(x):
+        wide = x.to(rotation.dtype)
+        return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+    return turned(q), turned(k), v.clone(memory_format=torch.contiguous_format)
+
+
+def rotary_backward(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor) -> Tensor:
+    """The gradient of qkv, of those of q, k and v."""
+    cos, sin = rotation.unbind(1)
+
+    def back(g):
+        wide = g.to(rotation.dtype)
+        return (wide * cos + (wide * sin).roll(g.shape[-1] // 2, -1)).to(g.dtype)
+
+    return torch.stack([part.transpose(1, 2) for part in (back(q), back(k), v)], 2)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T for x (P, rows, in) and weight (P, out, in)."""
     return x @ weight.mT
@@ -187,7 +236,7 @@ def embedding_sum(index: Tensor, weight: Tensor) -> Tensor:
             f"index must hold indices of features, from 0 to {features - 1}",
         )
     rows = _table_rows(index, features).flatten(0, 1)
-    sums = torch.nn.functional.embedding_bag(rows, weight.reshape(-1, n), mode="sum")
+    sums = functional.embedding_bag(rows, weight.reshape(-1, n), mode="sum")
     return sums.view(*index.shape[:2], n)
 
 

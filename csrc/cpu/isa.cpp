@@ -4,8 +4,9 @@ namespace depthnet {
 namespace {
 
 #define DEPTHNET_ISA_TABLE(isa) \
-  Isa{#isa, isa::residual_forward, isa::residual_backward, isa::residual_norm, isa::residual_stack, \
-      isa::product, isa::adam_step, isa::sgd_step, isa::squares, &isa::peak}
+  Isa{#isa, isa::residual_forward, isa::residual_backward, isa::residual_norm, isa::mlp_activation, \
+      isa::rotary_heads, isa::residual_stack, isa::product, isa::adam_step, isa::sgd_step, \
+      isa::squares, &isa::peak}
 
 const Isa kIsas[] = {
     DEPTHNET_ISA_TABLE(baseline),

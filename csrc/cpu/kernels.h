@@ -53,6 +53,32 @@ struct ResidualNormKernel {
   void (*backward)(const ResidualNormBackward&, int64_t chunk_begin, int64_t chunk_end);
 };
 
+// What an MLP applies between its products: y = gelu(h), |h|, or silu(gate) * up with the halves of rows of h.
+enum Mlp { kGelu, kAbsolute, kSwiglu, kMlps };
+struct MlpActivation {
+  int64_t n;  // elements in a row of y, of which a row of h has as many or, for kSwiglu, twice as many
+  const void *h, *grad;  // grad, of y: backward only
+  void* out;             // y; backward: the gradient of h
+};
+
+// Handle the rows begin .. end of kSwiglu, or as many elements of the others.
+struct MlpActivationKernel {
+  void (*forward)(const MlpActivation&, int64_t begin, int64_t end);
+  void (*backward)(const MlpActivation&, int64_t begin, int64_t end);
+};
+
+// Queries, keys and values of attention out of one product, by heads, the first two turned by their position.
+struct HeadsOf { void* data; int64_t batch, head, token; };  // strides in elements
+struct Rotary {
+  int64_t tokens, heads, size;
+  void* qkv;             // (batch, tokens, 3, heads, size), contiguous
+  const void* rotation;  // compute type (tokens, 2, size)
+  HeadsOf parts[3];      // q, k, v
+};
+
+// Handles the tokens begin .. end of all of the batch: from qkv to the parts, or gradients back.
+using RotaryKernel = void (*)(const Rotary&, int64_t begin, int64_t end);
+
 // What a residual block computes from x:  phi(W_k .. phi(W_1 norm(x)))  or, where phi comes first,
 // W_k phi(.. W_1 phi(x)),  which goes without a norm.
 struct Block {
@@ -162,6 +188,8 @@ struct Isa {
   const ResidualKernel* residual_backward;
   // [whether there is a mean][storage type of x][that of branch], of which both are the same or x's is float.
   const ResidualNormKernel (*residual_norm)[kDTypes][kDTypes];
+  const MlpActivationKernel (*mlp_activation)[kDTypes];  // of each Mlp
+  const RotaryKernel (*rotary_heads)[kDTypes];           // forward and backward
   const StackKernel* residual_stack;
   const ProductKernel* product;  // of float and double
   const AdamKernel* adam_step;
@@ -175,6 +203,8 @@ struct Isa {
   extern const ResidualKernel residual_forward[kDTypes];       \
   extern const ResidualKernel residual_backward[kDTypes];      \
   extern const ResidualNormKernel residual_norm[2][kDTypes][kDTypes]; \
+  extern const MlpActivationKernel mlp_activation[kMlps][kDTypes]; \
+  extern const RotaryKernel rotary_heads[2][kDTypes];          \
   extern const StackKernel residual_stack[kDTypes];            \
   extern const ProductKernel product[2];                       \
   extern const AdamKernel adam_step[kDTypes];                  \

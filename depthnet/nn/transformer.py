@@ -7,15 +7,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from depthnet._checks import integer, number, one_of
-from depthnet.kernels import residual_norm
+from depthnet.kernels import mlp_activation, residual_norm, rotary
 from depthnet.kernels.checks import NORMS
+from depthnet.kernels.mlp_activation import MLPS
 from depthnet.kernels.reference import stream_dtype
 from depthnet.nn.generation import Cache, sample
 from depthnet.nn.layers import normal_
 from depthnet.scaling import Parametrization, Rule
 from depthnet.scaling.groups import group, track
 
-MLPS = ("gelu", "swiglu", "abs")
 POSITIONS = ("rotary", "learned")
 
 EPS = 1e-5  # of the norms
@@ -95,11 +95,11 @@ class Attention(nn.Module):
         self.output = Affine(width, width, std, bias=bias, **factory)
 
     def forward(self, y: Tensor, rotation: Tensor | None, cache: Cache | None) -> Tensor:
-        heads = (*y.shape[:2], -1, self.head_size)
-        q, k, v = (part.view(heads) for part in self.qkv(y).chunk(3, -1))
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        qkv = self.qkv(y).view(*y.shape[:2], 3, -1, self.head_size)
+        if rotation is None:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = rotary(qkv, rotation)
         mask = None
         if cache is not None:
             k, v = cache.append(self, k, v)
@@ -127,11 +127,7 @@ class MLP(nn.Module):
         self.down = Affine(width, inner, stds[1], bias=bias, **factory)
 
     def forward(self, y: Tensor) -> Tensor:
-        h = self.up(y)
-        if self.mlp == "swiglu":
-            gate, h = h.chunk(2, -1)
-            return self.down(F.silu(gate) * h)
-        return self.down(F.gelu(h) if self.mlp == "gelu" else h.abs())
+        return self.down(mlp_activation(self.up(y), self.mlp))
 
     def extra_repr(self) -> str:
         return repr(self.mlp)
@@ -291,10 +287,7 @@ class Transformer(nn.Module):
         self.head = None
         if not tied:
             self.head = Affine(vocabulary, width, self.rules["output"].init_std, **factory)
-        rotation = None
-        if positions == "rotary":
-            table = stream_dtype(self.embedding.weight.dtype)
-            rotation = torch.empty(context, 2, 1, head_size, device=device, dtype=table)
+        rotation = self._rotations() if positions == "rotary" else None
         self.register_buffer("rotation", rotation, persistent=False)
         self.reset_parameters(generator)
         track(self)
@@ -303,13 +296,22 @@ class Transformer(nn.Module):
         super().__setstate__(state)
         track(self)
 
+    def _rotations(self) -> Tensor:
+        weight = self.embedding.weight
+        table = rotations(self.context, self.head_size)
+        return table.to(weight.device, stream_dtype(weight.dtype))
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)  # that is `to` and its like, which may round to 16 bits
+        if self.rotation is not None:
+            self.rotation = self._rotations()
+        return self
+
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw new initial weights."""
         for module in self.modules():
             if isinstance(module, (Weight, Norm)):
                 module.reset_parameters(generator)
-        if self.rotation is not None:
-            self.rotation.copy_(rotations(self.context, self.head_size))
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits of the token after each one.
@@ -441,18 +443,13 @@ class Transformer(nn.Module):
 
 
 def rotations(context: int, head_size: int) -> Tensor:
-    """The table of `rotate`, float64 (context, 2, 1, head_size): cos and sin of each token's angles.
+    """The rotation that `kernels.rotary` wants, float64 (context, 2, head_size).
 
     The pair of coordinates i and i + head_size / 2 turns by ROTARY_BASE^(-2 i / head_size) a token.
     """
-    half = torch.arange(0, head_size, 2, dtype=torch.float64) / head_size
-    angles = torch.arange(context, dtype=torch.float64)[:, None] * ROTARY_BASE**-half
+    # Whatever the default device is: a model on "meta" may be moved.
+    factory = {"dtype": torch.float64, "device": "cpu"}
+    half = torch.arange(0, head_size, 2, **factory) / head_size
+    angles = torch.arange(context, **factory)[:, None] * ROTARY_BASE**-half
     cos, sin = angles.cos(), angles.sin()
-    return torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)], 1)[:, :, None]
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the pairs of coordinates of x, (B, T, heads, head_size), by the angles of their tokens."""
-    cos, sin = rotation.unbind(1)
-    swapped = x.roll(x.shape[-1] // 2, -1)
-    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+    return torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)], 1)

@@ -8,10 +8,11 @@ import torch
 from torch.nn import functional as F
 
 import depthnet
+from depthnet import kernels
 from depthnet.diagnostics import residual_stream
 from depthnet.nn import Transformer
 from depthnet.nn.generation import Cache, choose
-from depthnet.nn.transformer import rotate
+from depthnet.nn.transformer import rotations
 from depthnet.scaling import PRESETS, torch_param_groups
 
 SMALL = {"context": 12, "head_size": 8}
@@ -141,6 +142,14 @@ def test_low_precision(dtype, converted):
     assert (logits - exact).norm() <= 2 * (torchs - exact).norm()
 
 
+def test_conversions_do_not_round_the_rotations():
+    model = Transformer(11, 24, 1, **SMALL)
+    before = model.rotation.clone()
+    assert torch.equal(model.bfloat16().rotation, before)
+    assert torch.equal(model.double().rotation, rotations(12, 8))
+    assert torch.equal(model.to("meta").to_empty(device="cpu").float().rotation, before)
+
+
 def test_initial_weights_have_their_sizes():
     model = Transformer(
         *(300, 256, 3), mlp_width=512, positions="learned", embedding_std=0.5, output_std=0.7
@@ -188,14 +197,14 @@ def test_no_token_sees_the_future():
 def test_rotary_positions_are_relative():
     """Where every token attends to the same distances, logits do not depend on where it stands."""
     model = loud(Transformer(11, 24, 1, dtype=torch.float64, **SMALL))
-    q, k = torch.randn(2, 1, 12, 3, 8, dtype=torch.float64).unbind()
-    q, k = q[:, :1].expand_as(q), k[:, :1].expand_as(k)
-    q, k = rotate(q, model.rotation), rotate(k, model.rotation)
-    scores = torch.einsum("bihd,bjhd->bhij", q, k)[0]
+    qkv = torch.randn(1, 1, 3, 3, 8, dtype=torch.float64).expand(1, 12, 3, 3, 8)
+    q, k, _ = kernels.rotary(qkv, model.rotation)
+    scores = (q @ k.mT)[0]
     for offset in range(-11, 12):
         diagonal = scores.diagonal(offset, 1, 2)
         torch.testing.assert_close(diagonal, diagonal[:, :1].expand_as(diagonal))
-    torch.testing.assert_close(q.norm(dim=-1), q[:, :1].norm(dim=-1).expand(q.shape[:-1]))
+    sizes = q.norm(dim=-1)
+    torch.testing.assert_close(sizes, sizes[..., :1].expand_as(sizes))
 
 
 def test_param_groups_follow_the_table():
