@@ -28,8 +28,9 @@ from stack_kernels import KERNELS, TYPES, variant
 
 from depthnet.kernels import planning
 from depthnet.kernels.chips import CHIPS
+from depthnet.kernels.mlp_activation import MLPS
 from depthnet.kernels.planning import Launch, Tile
-from depthnet.kernels.triton import norm, optimizer, residual
+from depthnet.kernels.triton import mlp, norm, optimizer, residual, rotation
 from depthnet.kernels.triton.stack import FINISH_COLUMNS, FINISH_ROWS
 
 RESULTS = Path(__file__).parent / "results"
@@ -41,6 +42,9 @@ FUNCTIONS = {
     "residual_backward": residual.residual_backward_kernel,
     "residual_norm_forward": norm.residual_norm_forward_kernel,
     "residual_norm_backward": norm.residual_norm_backward_kernel,
+    "mlp_activation_forward": mlp.mlp_activation_forward_kernel,
+    "mlp_activation_backward": mlp.mlp_activation_backward_kernel,
+    "rotary": rotation.rotary_kernel,
     "adam_step": optimizer.optimizer_step_kernel,
     "sgd_step": optimizer.optimizer_step_kernel,
     "gradient_norm": optimizer.gradient_norm_kernel,
@@ -336,6 +340,52 @@ def residual_norm_case(kernel: str, stream: str, branch: str, n: int) -> KernelC
     )
 
 
+def mlp_activation_case(kernel: str, dtype: str, kind: str) -> KernelCase:
+    backward = kernel == "mlp_activation_backward"
+    arrays = ("grad", "h", "grad_h") if backward else ("h", "y")
+    of_h = 2 if kind == "swiglu" else 1
+    return KernelCase(
+        kernel=kernel,
+        variant=f"{dtype}, {kind}",
+        signature={**dict.fromkeys(arrays, f"*{TYPES[dtype]}"), "pieces": "i32"},
+        constants={"KIND": kind, "UNIT": 8, "BLOCK": mlp.BLOCK},
+        warps=WARPS,
+        stages=STAGES,
+        bytes_per_element=ITEM_BYTES[dtype] * (1 + of_h * (len(arrays) - 1)),
+        launches=1,
+    )
+
+
+def rotary_case(dtype: str, size: int, back: bool) -> KernelCase:
+    tokens, columns = rotation.tile(size // 2)
+    strides = (f"{part}_{of}" for part in "qkv" for of in ("batch", "head", "token"))
+    return KernelCase(
+        kernel="rotary",
+        variant=f"{dtype}, heads of {size}{', backward' * back}",
+        signature={
+            **dict.fromkeys(("qkv", "q", "k", "v"), f"*{TYPES[dtype]}"),
+            "rotation": "*fp32",
+            **dict.fromkeys(("tokens", "heads", "pieces", *strides), "i32"),
+        },
+        constants={"BACK": back, "UNIT": 8, "TOKENS": tokens, "COLS": columns},
+        warps=WARPS,
+        stages=STAGES,
+        bytes_per_element=2 * ITEM_BYTES[dtype],
+        launches=1,
+    )
+
+
+def transformer_cases() -> Iterator[KernelCase]:
+    """The operators between a transformer's products."""
+    yield from residual_norm_cases()
+    for dtype in ("bfloat16", "float16", "float32"):
+        for kind in MLPS:
+            yield mlp_activation_case("mlp_activation_forward", dtype, kind)
+            yield mlp_activation_case("mlp_activation_backward", dtype, kind)
+        for size in (64, 128):
+            yield from (rotary_case(dtype, size, back) for back in (False, True))
+
+
 # Arrays of which a thread accesses less than 128 bits at once, and why that has to be.
 NARROW = {
     "signs": "the signs of 32 elements, or of 8, are a word",
@@ -491,7 +541,7 @@ def main() -> int:
         for case in (
             *(case for dtype in KINDS for n in WIDTHS for case in stack_cases(arch, dtype, n)),
             *residual_cases(),
-            *residual_norm_cases(),
+            *transformer_cases(),
             *OPTIMIZER_CASES,
         )
     }

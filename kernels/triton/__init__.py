@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 OPS = {  # the operators and the files that they are in
+    "mlp_activation": "mlp",
+    "mlp_activation_backward": "mlp",
     "optimizer_step_": "optimizer",
     "residual_norm": "norm",
     "residual_norm_backward": "norm",
     "residual_stack": "stack",
     "residual_stack_backward": "stack",
+    "rotary": "rotation",
+    "rotary_backward": "rotation",
     "scaled_residual": "residual",
     "scaled_residual_backward": "residual",
 }

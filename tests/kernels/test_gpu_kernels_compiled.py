@@ -70,3 +70,18 @@ def test_scaled_residual(arch):
     arrays = {"x": "bfloat16", "h": "bfloat16", "y": "bfloat16"}
     row = assert_compiled_well(gpu_audit.residual_case("residual_forward", "", 256, **arrays), arch)
     assert set(arrays) <= set(row["arrays_128"].split(", ")), row
+
+
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+@pytest.mark.parametrize("kernel", ["mlp_activation_forward", "mlp_activation_backward"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_mlp_activation(arch, kernel, kind):
+    row = assert_compiled_well(gpu_audit.mlp_activation_case(kernel, "bfloat16", kind), arch)
+    assert not row["below_128"], row
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_rotary(arch, back):
+    row = assert_compiled_well(gpu_audit.rotary_case("bfloat16", 64, back), arch)
+    assert not row["below_128"], row

@@ -64,25 +64,25 @@ def test_values_and_gradients(backend, dtype, n, kind):
 @kinds
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_rows(backend, dtype, kind):
-    check((2 * torch.randn(300, width(72, kind))).to(dtype), kind)
+    check((2 * torch.randn(70, width(72, kind))).to(dtype), kind)
 
 
 @kinds
 def test_float32_at_every_size(backend, kind):
     """Each element, not their mean, against float64: within a few roundings of the largest term of it."""
     gate = torch.cat([torch.linspace(-15, 15, 9001), torch.logspace(-30, 1, 999), torch.zeros(1)])
-    h = torch.stack([gate, torch.randn_like(gate)], 1) if kind == "swiglu" else gate[:, None]
-    ones = torch.ones(len(gate), 1)
-    y, g = grads(lambda h: kernels.mlp_activation(h, kind), [h], ones)
-    true_y, true_g = grads(lambda h: definition(h, kind), [h], ones, torch.float64)
-    size = h.double().abs()
+    up = torch.randn_like(gate)
+    h, ones = torch.cat([gate, up] if kind == "swiglu" else [gate]), torch.ones_like(gate)
+    results = grads(lambda h: kernels.mlp_activation(h, kind), [h], ones)
+    truths = grads(lambda h: definition(h, kind), [h], ones, torch.float64)
+    x, u = gate.double().abs(), up.double().abs()
     bounds = {
-        "gelu": (size, 1 + size),
-        "abs": (0 * size, 0 * size),
-        "swiglu": (size.prod(1, keepdim=True), size.flip(1) * (1 + size[:, :1])),
+        "gelu": (x, 1 + x),
+        "abs": (0 * x, 0 * x),
+        "swiglu": (x * u, torch.cat([u + u * x, x])),
     }
-    for got, true, bound in zip((y, g), (true_y, true_g), bounds[kind], strict=True):
-        assert ((got - true).abs() <= 8 * torch.finfo(torch.float32).eps * bound).all()
+    for result, truth, bound in zip(results, truths, bounds[kind], strict=True):
+        assert ((result - truth).abs() <= 8 * torch.finfo(torch.float32).eps * bound).all()
 
 
 @kinds
