@@ -18,13 +18,6 @@ from triton.compiler import ASTSource
 from depthnet.kernels.triton import parts
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-STRIDES = (
-    "_member",
-    "_layer",
-    "_batch",
-    "_head",
-    "_token",
-)  # so end the names of theirs that are aligned
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -55,7 +48,7 @@ def compile_kernel(
         (param.num,): [["tt.divisibility", 16]]
         for param in function.params
         if not param.do_not_specialize_on_alignment
-        and (kinds[param.name].startswith("*") or param.name.endswith(STRIDES))
+        and (kinds[param.name].startswith("*") or param.name.endswith(("_member", "_layer")))
         and kinds[param.name] != "constexpr"
     }
     values = {name: value for name, value in constants.items() if name in kinds}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from depthnet.kernels.native import _C, MISSING
-from depthnet.kernels.reference import Block, sign_bytes, stream_dtype
+from depthnet.kernels.reference import Block, rows_of, sign_bytes, stream_dtype
 from depthnet.kernels.step import DTYPES, StepTables
 
 SINGLE = tuple(dtype for dtype in DTYPES if dtype != torch.float64)
@@ -118,11 +118,11 @@ def residual_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, branch, weight, bias = (_contiguous(each) for each in (x, branch, weight, bias))
     s, y = torch.empty_like(x), torch.empty_like(branch)
-    shape = (1 + center, len(x)) if save else (0,)
+    shape = (1 + center, *x.shape[:-1]) if save else (0,)
     statistics = torch.empty(shape, dtype=stream_dtype(x.dtype))
     tensors = x, branch, s, y, statistics, weight, bias
     _C.residual_norm_forward(
-        *(DTYPES[x.dtype], DTYPES[branch.dtype], center, *x.shape, *map(_address, tensors)),
+        *(DTYPES[x.dtype], DTYPES[branch.dtype], center, *rows_of(x), *map(_address, tensors)),
         *(scale, eps, torch.get_num_threads()),
     )
     return s, y, statistics
@@ -140,10 +140,10 @@ def residual_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_s, grad_y, s, weight = (_contiguous(each) for each in (grad_s, grad_y, s, weight))
     grad_x, grad_branch = torch.empty_like(s), torch.empty_like(grad_y)
-    sums = [statistics.new_empty(s.shape[1] * wanted) for wanted in (weight_grad, bias_grad)]
+    sums = [statistics.new_empty(s.shape[-1] * wanted) for wanted in (weight_grad, bias_grad)]
     tensors = grad_s, grad_y, s, statistics, weight, grad_x, grad_branch, *sums
     _C.residual_norm_backward(
-        *(DTYPES[s.dtype], DTYPES[grad_y.dtype], len(statistics) == 2, *s.shape),
+        *(DTYPES[s.dtype], DTYPES[grad_y.dtype], len(statistics) == 2, *rows_of(s)),
         *(*map(_address, tensors), scale, torch.get_num_threads()),
     )
     return grad_x, grad_branch, *sums
@@ -159,9 +159,9 @@ def mlp_activation_backward(grad: Tensor, h: Tensor, kind: str) -> Tensor:
 
 def _mlp_activation(h: Tensor, grad: Tensor | None, kind: str) -> Tensor:
     h, grad = h.contiguous(), _contiguous(grad)
-    rows, m = h.shape
+    rows, m = rows_of(h)
     n = m // 2 if kind == "swiglu" else m
-    out = h.new_empty((rows, n) if grad is None else h.shape)
+    out = torch.empty_like(h) if grad is not None or n == m else h.new_empty(*h.shape[:-1], n)
     if out.numel():
         addresses = map(_address, (grad, h, out))
         _C.mlp_activation(DTYPES[h.dtype], MLPS[kind], rows, n, *addresses, torch.get_num_threads())

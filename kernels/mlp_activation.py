@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from depthnet._checks import one_of
@@ -18,7 +16,7 @@ def _mlp_activation(h, kind):
 
 
 def _mlp_activation_fake(h, kind):
-    return h.new_empty(len(h), _outputs(h, kind))
+    return h.new_empty(*h.shape[:-1], _outputs(h, kind))
 
 
 def _mlp_activation_backward(grad, h, kind):
@@ -76,5 +74,4 @@ def mlp_activation(h: Tensor, kind: str) -> Tensor:
     if h.ndim == 0 or (kind == "swiglu" and h.shape[-1] % 2):
         wanted = "(..., 2 m)" if kind == "swiglu" else "(..., m)"
         raise ValueError(f"h must have the shape {wanted}, got {shape_text(h)}")
-    y = call("mlp_activation", h.reshape(math.prod(h.shape[:-1]), h.shape[-1]), kind)
-    return y.view(*h.shape[:-1], _outputs(h, kind))
+    return call("mlp_activation", h, kind)

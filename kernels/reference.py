@@ -11,6 +11,7 @@ are in the weight's dtype.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,6 +55,11 @@ def details() -> str:
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which tensors of `dtype` are computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rows_of(x: Tensor) -> tuple[int, int]:
+    """How many rows there are in x, (..., n), and n."""
+    return math.prod(x.shape[:-1]), x.shape[-1]
 
 
 def slope(nonnegative: Tensor, p: float, q: float, dtype: torch.dtype) -> Tensor:
@@ -133,10 +139,10 @@ def residual_norm(
     eps: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """s = x + scale * branch of (rows, n), and (s - mean) / sqrt(var + eps) * weight + bias.
+    """s = x + scale * branch of (..., n), and (s - mean) / sqrt(var + eps) * weight + bias.
 
     The mean is 0 without `center`.  Also returns, if they are to be saved, the means (only with `center`)
-    and 1 / sqrt(var + eps), (2 or 1, rows).  Weight and bias come in the dtype of the sums.
+    and 1 / sqrt(var + eps), (2 or 1, ...).  Weight and bias come in the dtype of the sums.
     """
     dtype = stream_dtype(x.dtype)
     s = (x.to(dtype) + scale * branch.to(dtype)).to(x.dtype)
@@ -146,8 +152,8 @@ def residual_norm(
     y = y if bias is None else y + bias
     if not save:
         return s, y.to(branch.dtype), wide.new_empty(0)
-    statistics = torch.cat((wide.mean(-1, keepdim=True), rstd), 1) if center else rstd
-    return s, y.to(branch.dtype), statistics.mT.contiguous()
+    statistics = (wide.mean(-1), rstd[..., 0]) if center else (rstd[..., 0],)
+    return s, y.to(branch.dtype), torch.stack(statistics)
 
 
 def residual_norm_backward(
@@ -162,19 +168,19 @@ def residual_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, branch, weight and bias, the last two empty if they are not wanted."""
     dtype = stream_dtype(s.dtype)
-    *mean, rstd = statistics[:, :, None]
+    *mean, rstd = statistics[..., None]
     normalized = (s.to(dtype) - mean[0] if mean else s.to(dtype)) * rstd
     wide = grad_y.to(dtype)
     a = wide if weight is None else wide * weight
     g = row_norm_backward(a, normalized, rstd, "layer" if mean else "rms")
     g = g if grad_s is None else g + grad_s.to(dtype)
-    grad_weight = (wide * normalized).sum(0) if weight_grad else wide.new_empty(0)
-    grad_bias = wide.sum(0) if bias_grad else wide.new_empty(0)
-    return g.to(s.dtype), (scale * g).to(grad_y.dtype), grad_weight, grad_bias
+    summed = wide * normalized if weight_grad else None, wide if bias_grad else None
+    sums = (wide.new_empty(0) if t is None else t.reshape(rows_of(t)).sum(0) for t in summed)
+    return g.to(s.dtype), (scale * g).to(grad_y.dtype), *sums
 
 
 def mlp_activation(h: Tensor, kind: str) -> Tensor:
-    """gelu(h), |h| or, for `swiglu`, silu of the first half of h times the second; h is (rows, n)."""
+    """gelu(h), |h| or, for `swiglu`, silu of the first half of h times the second; h is (..., n)."""
     wide = h.to(stream_dtype(h.dtype))
     if kind == "swiglu":
         gate, up = wide.chunk(2, -1)

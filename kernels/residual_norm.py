@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -25,7 +23,7 @@ def _residual_norm(x, branch, *args):
 
 
 def _residual_norm_fake(x, branch, scale, weight, bias, center, eps, save):
-    shape = (1 + center, x.shape[0]) if save else (0,)
+    shape = (1 + center, *x.shape[:-1]) if save else (0,)
     statistics = x.new_empty(shape, dtype=stream_dtype(x.dtype))
     return x.new_empty(x.shape), branch.new_empty(x.shape), statistics
 
@@ -38,7 +36,7 @@ def _residual_norm_backward_fake(
     grad_y, s, grad_s, statistics, scale, weight, weight_grad, bias_grad
 ):
     def sums(wanted):
-        return statistics.new_empty(s.shape[1] if wanted else 0)
+        return statistics.new_empty(s.shape[-1] if wanted else 0)
 
     return s.new_empty(s.shape), grad_y.new_empty(s.shape), sums(weight_grad), sums(bias_grad)
 
@@ -144,14 +142,8 @@ def residual_norm(
     bias = _parameter("bias", bias, x, branch)
     center = one_of("norm", norm, NORMS) == "layer"
 
-    rows = math.prod(x.shape[:-1])
-    flat = (rows, x.shape[-1])
     save = any(tensor is not None and needs_grad(tensor) for tensor in (x, branch, weight, bias))
-    s, y, _ = call(
-        "residual_norm",
-        *(x.reshape(flat), branch.reshape(flat), scale, weight, bias, center, eps, save),
-    )
-    return s.view(x.shape), y.view(x.shape)
+    return call("residual_norm", x, branch, scale, weight, bias, center, eps, save)[:2]
 
 
 def _parameter(name: str, tensor: Tensor | None, x: Tensor, branch: Tensor) -> Tensor | None:

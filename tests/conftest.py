@@ -1,8 +1,52 @@
+import os
+from importlib.util import find_spec
+
+# Where cores are shared, a thread that waits for another must not spin on the core that the other needs:
+# tests took 30 times as long.  Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from backends import run_on
 from cases import BACKENDS
 from cuda_on_host import compile_library
+from interpreter import InterpreterRuns
+
+from depthnet.kernels.triton import INTERPRETED
+
+
+def reports_an_interpreter(item) -> bool:
+    return "run_in_interpreter" in item.fixturenames
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=reports_an_interpreter)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter_runs(request, tmp_path_factory):
+    """Of the tests that are selected, from the first test on."""
+    skipped = INTERPRETED or not find_spec("triton")
+    tests = [] if skipped else filter(reports_an_interpreter, request.session.items)
+    wanted = [(t.callspec.params["tests"], t.callspec.params["keyword"]) for t in tests]
+    runs = InterpreterRuns(wanted, tmp_path_factory.mktemp("interpreter"))
+    yield runs
+    runs.stop()
+
+
+@pytest.fixture(autouse=True)
+def _interpreters_go_on(_interpreter_runs):
+    _interpreter_runs.go_on()
+
+
+@pytest.fixture
+def run_in_interpreter(_interpreter_runs):
+    """Run `tests`, named as pytest names them, of which `keyword` selects some, in Triton's interpreter.
+
+    Both are parameters of a test that takes this, so that the run can start before the test does.
+    """
+    return _interpreter_runs.check
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from depthnet.kernels.reference import rows_of
 from depthnet.kernels.triton.residual import FEWEST_WARPS, OPTIONS
 from depthnet.kernels.triton.rounding import rounded, widened
 
@@ -107,10 +108,9 @@ def _prepared(rows: int, n: int, kind: str) -> tuple[tuple[int], int, dict]:
 
 def mlp_activation(h: Tensor, kind: str) -> Tensor:
     h = h.contiguous()
-    rows, m = h.shape
-    y = h.new_empty(rows, m // 2 if kind == "swiglu" else m)
+    y = h.new_empty(*h.shape[:-1], h.shape[-1] // 2) if kind == "swiglu" else torch.empty_like(h)
     if y.numel():
-        grid, pieces, options = _prepared(*y.shape, kind)
+        grid, pieces, options = _prepared(*rows_of(y), kind)
         with torch.cuda.device_of(h):
             mlp_activation_forward_kernel[grid](h, y, pieces, **options)
     return y
@@ -120,7 +120,7 @@ def mlp_activation_backward(grad: Tensor, h: Tensor, kind: str) -> Tensor:
     grad, h = grad.contiguous(), h.contiguous()
     grad_h = torch.empty_like(h)
     if h.numel():
-        grid, pieces, options = _prepared(*grad.shape, kind)
+        grid, pieces, options = _prepared(*rows_of(grad), kind)
         with torch.cuda.device_of(h):
             mlp_activation_backward_kernel[grid](grad, h, grad_h, pieces, **options)
     return grad_h

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from depthnet.kernels.reference import stream_dtype
+from depthnet.kernels.reference import rows_of, stream_dtype
 from depthnet.kernels.triton.residual import FEWEST_WARPS, OPTIONS
 from depthnet.kernels.triton.rounding import rounded, widened
 
@@ -297,9 +297,9 @@ def residual_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, branch, weight, bias = (_contiguous(each) for each in (x, branch, weight, bias))
     s, y = torch.empty_like(x), torch.empty_like(branch)
-    rows, n = x.shape
+    rows, n = rows_of(x)
     dtype = stream_dtype(x.dtype)
-    statistics = x.new_empty((1 + center, rows) if save else (0,), dtype=dtype)
+    statistics = x.new_empty((1 + center, *x.shape[:-1]) if save else (0,), dtype=dtype)
     if x.numel():
         tiles, pieces, options = _prepared(rows, n, dtype.itemsize, center)
         with torch.cuda.device_of(x):
@@ -323,7 +323,7 @@ def residual_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_s, grad_y, s, weight = (_contiguous(each) for each in (grad_s, grad_y, s, weight))
     grad_x, grad_branch = torch.empty_like(s), torch.empty_like(grad_y)
-    rows, n = s.shape
+    rows, n = rows_of(s)
     wanted = weight_grad, bias_grad
     if not s.numel():
         return grad_x, grad_branch, *(statistics.new_zeros(n if each else 0) for each in wanted)

@@ -49,7 +49,12 @@ def _copy(source, read, target, write, half, inside):
 
 
 # Whatever the shapes are, the code is the same.
-@triton.jit(do_not_specialize=["tokens", "heads", "pieces"])
+@triton.jit(
+    do_not_specialize=[
+        *("tokens", "heads", "pieces"),
+        *(f"{part}_{of}" for part in "qkv" for of in ("batch", "head", "token")),
+    ]
+)
 def rotary_kernel(
     qkv,
     q,
@@ -75,7 +80,8 @@ def rotary_kernel(
 ):
     """From qkv, (batch, tokens, 3, heads, size), to q, k and v, of the strides that are given; or BACK.
 
-    Half a head has pieces * UNIT elements, at most COLS.  A rotation's row is (cos, cos), (-sin, sin).
+    Half a head has pieces of UNIT elements, at most COLS elements; strides are counted in UNITs, too.  A
+    rotation's row is (cos, cos), (-sin, sin).
     """
     TYPE: tl.constexpr = rotation.dtype.element_ty
     half = pieces * UNIT
@@ -92,9 +98,9 @@ def rotary_kernel(
     sin = tl.load(rotation + angle + 3 * half, mask=inside, other=0.0)
     joint = (((batch * tokens + token) * 3) * heads + head) * (pieces * UNIT * 2) + column
     part = tl.cast(heads, tl.int64) * (pieces * UNIT * 2)
-    at_q = batch * q_batch + head * q_head + token * q_token + column
-    at_k = batch * k_batch + head * k_head + token * k_token + column
-    at_v = batch * v_batch + head * v_head + token * v_token + column
+    at_q = (batch * q_batch + head * q_head + token * q_token) * UNIT + column
+    at_k = (batch * k_batch + head * k_head + token * k_token) * UNIT + column
+    at_v = (batch * v_batch + head * v_head + token * v_token) * UNIT + column
     if BACK:
         _turn(q, at_q, qkv, joint, half, cos, -sin, inside, TYPE)
         _turn(k, at_k, qkv, joint + part, half, cos, -sin, inside, TYPE)
@@ -112,13 +118,15 @@ def tile(half: int) -> tuple[int, int]:
 
 
 @lru_cache(4096)
-def _prepared(batch: int, tokens: int, heads: int, size: int) -> tuple[tuple[int], int, dict]:
-    """The grid, the UNITs in half a head, and the keyword arguments of the kernel."""
+def _prepared(
+    batch: int, tokens: int, heads: int, size: int, strides: tuple[int, ...]
+) -> tuple[tuple[int], list[int], dict]:
+    """The grid, the UNITs in half a head and in each stride, and the keyword arguments of the kernel."""
     tile_tokens, cols = tile(size // 2)
-    unit = gcd(8, size // 2)
+    unit = gcd(8, size // 2, *strides)
     options = {"UNIT": unit, "TOKENS": tile_tokens, "COLS": cols, "num_warps": FEWEST_WARPS}
     grid = (batch * heads * triton.cdiv(tokens, tile_tokens),)
-    return grid, size // 2 // unit, {**options, **OPTIONS}
+    return grid, [length // unit for length in (size // 2, *strides)], {**options, **OPTIONS}
 
 
 def rotary(qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,11 +149,11 @@ def _launch(back: bool, qkv: Tensor, parts: Sequence[Tensor], rotation: Tensor) 
     if not qkv.numel():
         return
     batch, tokens, _, heads, size = qkv.shape
-    grid, pieces, options = _prepared(batch, tokens, heads, size)
-    strides = [stride for part in parts for stride in part.stride()[:3]]
+    strides = tuple(stride for part in parts for stride in part.stride()[:3])
+    grid, units, options = _prepared(batch, tokens, heads, size, strides)
     with torch.cuda.device_of(qkv):
         rotary_kernel[grid](
-            *(qkv, *parts, rotation.contiguous(), tokens, heads, pieces, *strides),
+            *(qkv, *parts, rotation.contiguous(), tokens, heads, *units),
             BACK=back,
             **options,
         )

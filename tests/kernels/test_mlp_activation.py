@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 from cases import DTYPES, assert_as_accurate, grads, native
-from interpreter import run_in_interpreter
 from torch.nn import functional as F
 
 from depthnet import kernels
@@ -49,9 +48,10 @@ def dtypes_of_the_backend(request):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-def test_in_the_interpreter():
+@pytest.mark.parametrize(("tests", "keyword"), [("tests/kernels/test_mlp_activation.py", "triton")])
+def test_in_the_interpreter(run_in_interpreter, tests, keyword):
     pytest.importorskip("triton", reason="triton is not installed")
-    run_in_interpreter("tests/kernels/test_mlp_activation.py", "triton")
+    run_in_interpreter(tests, keyword)
 
 
 @kinds

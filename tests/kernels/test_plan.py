@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreter import run_in_interpreter
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -191,8 +190,9 @@ def test_the_chip_need_not_be_named():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-def test_launches_in_the_interpreter():
-    run_in_interpreter("tests/kernels/test_plan.py::TestLaunches")
+@pytest.mark.parametrize(("tests", "keyword"), [("tests/kernels/test_plan.py::TestLaunches", "")])
+def test_launches_in_the_interpreter(run_in_interpreter, tests, keyword):
+    run_in_interpreter(tests, keyword)
 
 
 class TestLaunches:

@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 from cases import assert_as_accurate, native
-from interpreter import run_in_interpreter
 
 from depthnet import kernels
 from depthnet.kernels.triton import INTERPRETED
@@ -71,9 +70,10 @@ def check(inputs, grads, terms, **options):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-def test_in_the_interpreter():
+@pytest.mark.parametrize(("tests", "keyword"), [("tests/kernels/test_residual_norm.py", "triton")])
+def test_in_the_interpreter(run_in_interpreter, tests, keyword):
     pytest.importorskip("triton", reason="triton is not installed")
-    run_in_interpreter("tests/kernels/test_residual_norm.py", "triton")
+    run_in_interpreter(tests, keyword)
 
 
 @pytest.mark.parametrize("dtypes", [*EQUAL, *MIXED])

@@ -1,7 +1,6 @@
 import pytest
 import torch
 from cases import DTYPES, assert_as_accurate, native
-from interpreter import run_in_interpreter
 
 from depthnet import kernels
 from depthnet.kernels.reference import stream_dtype
@@ -73,9 +72,10 @@ def dtypes_of_the_backend(request):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-def test_in_the_interpreter():
+@pytest.mark.parametrize(("tests", "keyword"), [("tests/kernels/test_rotary.py", "triton")])
+def test_in_the_interpreter(run_in_interpreter, tests, keyword):
     pytest.importorskip("triton", reason="triton is not installed")
-    run_in_interpreter("tests/kernels/test_rotary.py", "triton")
+    run_in_interpreter(tests, keyword)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import run_in_interpreter
 from step_cases import ADAM, Parameter, StepTests, make_tables
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -57,8 +56,11 @@ def count_launches(monkeypatch, tables: StepTables) -> list[str]:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-def test_in_the_interpreter():
-    run_in_interpreter("tests/kernels/test_triton_optimizer.py::TestInTheInterpreter")
+@pytest.mark.parametrize(
+    ("tests", "keyword"), [("tests/kernels/test_triton_optimizer.py::TestInTheInterpreter", "")]
+)
+def test_in_the_interpreter(run_in_interpreter, tests, keyword):
+    run_in_interpreter(tests, keyword)
 
 
 class TestInTheInterpreter(StepTests):

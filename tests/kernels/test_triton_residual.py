@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import run_in_interpreter
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -21,9 +20,15 @@ needs_triton = pytest.mark.skipif(bool(backend.missing()), reason="; ".join(back
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-@pytest.mark.parametrize("file", ["test_scaled_residual.py", "test_triton_residual.py"])
-def test_in_the_interpreter(file):
-    run_in_interpreter(f"tests/kernels/{file}", "triton")
+@pytest.mark.parametrize(
+    ("tests", "keyword"),
+    [
+        ("tests/kernels/test_scaled_residual.py", "triton"),
+        ("tests/kernels/test_triton_residual.py", "triton"),
+    ],
+)
+def test_in_the_interpreter(run_in_interpreter, tests, keyword):
+    run_in_interpreter(tests, keyword)
 
 
 def layers(*shape, dtype):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import assert_as_accurate, grads, plain_stack
-from interpreter import run_in_interpreter
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -21,15 +20,15 @@ needs_triton = pytest.mark.skipif(bool(backend.missing()), reason="; ".join(back
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 @pytest.mark.parametrize(
-    ("file", "tests"),
+    ("tests", "keyword"),
     [
         # gradcheck evaluates the operator hundreds of times.
-        ("test_residual_stack.py", "triton and not gradcheck"),
-        ("test_triton_stack.py", "on_triton"),
+        ("tests/kernels/test_residual_stack.py", "triton and not gradcheck"),
+        ("tests/kernels/test_triton_stack.py", "on_triton"),
     ],
 )
-def test_in_the_interpreter(file, tests):
-    run_in_interpreter(f"tests/kernels/{file}", tests)
+def test_in_the_interpreter(run_in_interpreter, tests, keyword):
+    run_in_interpreter(tests, keyword)
 
 
 def draw(members, rows, n, depth, dtype):

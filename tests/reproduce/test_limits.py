@@ -11,6 +11,7 @@ from depthnet.reproduce.linear import Fig8, Fig9
 from depthnet.reproduce.prediction import Prediction
 from depthnet.reproduce.study import run
 from depthnet.reproduce.training import Training
+from depthnet.theory import limits
 
 SMALL = {
     "fig8": Fig8(depth=4, widths=(16, 64, 256), seeds=4, steps=3, batch=2),
@@ -23,7 +24,9 @@ SMALL = {
 
 
 @pytest.mark.parametrize("study", SMALL.values(), ids=SMALL)
-def test_studies_write_what_they_find(study, tmp_path):
+def test_studies_write_what_they_find(study, tmp_path, monkeypatch):
+    # How accurate limits are is tested in tests/theory; at these depths they take seconds less.
+    monkeypatch.setattr(limits, "LIMIT_DEPTHS", (4, 8, 16))
     findings = run(study, tmp_path)
     with open(tmp_path / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))

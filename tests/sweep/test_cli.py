@@ -28,6 +28,7 @@ log2_block_multiplier: [-1, 0, 1]
 steps: 10
 batch: 8
 """
+FEW = ["--depth", "2", "--parametrization", "ode"]  # 24 of the file's 96 trials
 
 
 @pytest.fixture
@@ -69,10 +70,10 @@ def test_run_report_and_watch(study, tmp_path, capsys):
 
 
 def test_a_finished_study_is_not_trained_again(study, tmp_path, capsys, monkeypatch):
-    assert cli.main(["sweep", "run", study]) == 0
+    assert cli.main(["sweep", "run", study, *FEW]) == 0
     before = (tmp_path / "runs/mine/results.csv").read_bytes()
     monkeypatch.setattr("depthnet.sweep.worker.trainer", None)  # a second training would fail
-    assert cli.main(["sweep", "run", study]) == 0
+    assert cli.main(["sweep", "run", study, *FEW]) == 0
     assert (tmp_path / "runs/mine/results.csv").read_bytes() == before
 
 
@@ -146,10 +147,10 @@ def test_argparse_errors_exit_with_2(arguments):
 
 
 def test_a_changed_study_under_an_old_name_is_refused(study, tmp_path, capsys):
-    assert cli.main(["sweep", "run", study]) == 0
+    assert cli.main(["sweep", "run", study, *FEW]) == 0
     (tmp_path / study).write_text(STUDY.replace("steps: 10", "steps: 12"))
     capsys.readouterr()
-    assert cli.main(["sweep", "run", study]) == 2
+    assert cli.main(["sweep", "run", study, *FEW]) == 2
     error = capsys.readouterr().err
     assert "'mine' is there with other settings" in error
     assert "steps: 10 there, 12 now" in error
