@@ -225,8 +225,10 @@ class Worker:
 
     def _load(self, job: Job, population: PopulationTrainer) -> None:
         path = self._checkpoint(job)
-        for left in path.parent.glob(f".{path.name}.*"):  # by a worker that was killed as it saved
-            left.unlink(missing_ok=True)
+        for left in path.parent.glob(f".{path.name}.*.tmp"):
+            # By a worker that was killed as it saved; one that was only suspended may still go on.
+            if not _running(int(left.name.split(".")[-2])):
+                left.unlink(missing_ok=True)
         if path.exists():
             with reading(path):
                 checkpoint = torch.load(path, weights_only=True)
@@ -295,6 +297,18 @@ def _free(path: Path) -> bool:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return False
+    return True
+
+
+def _running(process: int) -> bool:
+    if fcntl is None:  # where a signal would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
     return True
 
 

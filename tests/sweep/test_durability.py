@@ -476,6 +476,21 @@ def test_a_broken_checkpoint_is_named(start, undisturbed, tmp_path):
     assert_same(trials(sqlite(tmp_path / "out")), undisturbed)
 
 
+def test_what_a_save_left_is_removed_unless_its_process_is_there(start, tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert start(at=("save", 1, signal.SIGKILL)).wait() == -signal.SIGKILL
+    (checkpoint,) = (tmp_path / "out/checkpoints").glob("*.pt")
+    left, in_use = (
+        checkpoint.with_name(f".{checkpoint.name}.{pid}.tmp") for pid in (ended.pid, os.getpid())
+    )
+    left.touch()
+    in_use.touch()
+    assert start().wait() == 0
+    assert not left.exists()
+    assert in_use.exists()
+
+
 def test_a_checkpoint_of_another_study_is_refused(start, text, tmp_path):
     assert start(at=("save", 1, signal.SIGKILL)).wait() == -signal.SIGKILL
     (checkpoint,) = (tmp_path / "out/checkpoints").glob("*.pt")
