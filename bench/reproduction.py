@@ -23,8 +23,8 @@ HEAD = """# Reproduction
 The claims of *Tensor Programs VI* (arXiv 2310.02244) as studies: `depthnet reproduce NAME` runs one,
 `depthnet reproduce --list` lists them, `--set KEY VALUE` changes a setting. What follows is what
 `make reproduce` found: every verdict is computed from the run's data, by rules in the code of each study
-(`depthnet/reproduce`), and stands here as it came out. Times are wall-clock times; other work may have
-run on the machine.
+(`depthnet/reproduce`), and stands here as it came out. Times are wall-clock times, waiting
+for other work on the machine included.
 """
 
 
