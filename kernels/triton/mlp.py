@@ -15,7 +15,7 @@ from torch import Tensor
 
 from depthnet.kernels.reference import rows_of
 from depthnet.kernels.triton.residual import FEWEST_WARPS, OPTIONS
-from depthnet.kernels.triton.rounding import rounded, widened
+from depthnet.kernels.triton.rounding import load_widened, store_rounded
 
 BLOCK = 2048  # a thread has 16 elements
 
@@ -28,16 +28,6 @@ def _place(pieces, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.cast(tl.program_id(0), tl.int64)
     row = program // tiles
     return row, (program - row * tiles) * BLOCK + tl.arange(0, BLOCK), n
-
-
-@triton.jit
-def _load(array, where, inside, TYPE: tl.constexpr):
-    return widened(tl.load(array + where, mask=inside, other=0.0), TYPE)
-
-
-@triton.jit
-def _store(array, where, values, inside):
-    tl.store(array + where, rounded(values, array.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -62,12 +52,12 @@ def mlp_activation_forward_kernel(
     inside = column < n
     if KIND == "swiglu":
         gate = row * n * 2 + column
-        x, up = _load(h, gate, inside, TYPE), _load(h, gate + n, inside, TYPE)
+        x, up = load_widened(h, gate, inside, TYPE), load_widened(h, gate + n, inside, TYPE)
         values = x * _sigmoid(x) * up
     else:
-        x = _load(h, row * n + column, inside, TYPE)
+        x = load_widened(h, row * n + column, inside, TYPE)
         values = x * _probability(x) if KIND == "gelu" else tl.abs(x)
-    _store(y, row * n + column, values, inside)
+    store_rounded(y, row * n + column, values, inside)
 
 
 @triton.jit(do_not_specialize=["pieces"])
@@ -78,22 +68,22 @@ def mlp_activation_backward_kernel(
     TYPE: tl.constexpr = tl.float64 if h.dtype.element_ty.is_fp64() else tl.float32
     row, column, n = _place(pieces, UNIT, BLOCK)
     inside = column < n
-    g = _load(grad, row * n + column, inside, TYPE)
+    g = load_widened(grad, row * n + column, inside, TYPE)
     if KIND == "swiglu":
         gate = row * n * 2 + column
-        x, up = _load(h, gate, inside, TYPE), _load(h, gate + n, inside, TYPE)
+        x, up = load_widened(h, gate, inside, TYPE), load_widened(h, gate + n, inside, TYPE)
         on = _sigmoid(x)
         silu = x * on
-        _store(grad_h, gate, g * up * (on + silu * (1.0 - on)), inside)
-        _store(grad_h, gate + n, g * silu, inside)
+        store_rounded(grad_h, gate, g * up * (on + silu * (1.0 - on)), inside)
+        store_rounded(grad_h, gate + n, g * silu, inside)
     else:
-        x = _load(h, row * n + column, inside, TYPE)
+        x = load_widened(h, row * n + column, inside, TYPE)
         if KIND == "gelu":
             density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
             values = g * (_probability(x) + x * density)
         else:
             values = tl.where(x > 0, g, tl.where(x < 0, -g, g * x))  # 0, or NaN of either
-        _store(grad_h, row * n + column, values, inside)
+        store_rounded(grad_h, row * n + column, values, inside)
 
 
 @lru_cache(4096)

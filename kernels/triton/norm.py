@@ -17,7 +17,7 @@ from torch import Tensor
 
 from depthnet.kernels.reference import rows_of, stream_dtype
 from depthnet.kernels.triton.residual import FEWEST_WARPS, OPTIONS
-from depthnet.kernels.triton.rounding import rounded, widened
+from depthnet.kernels.triton.rounding import load_widened, rounded, store_rounded, widened
 
 MOST_PROGRAMS = 512  # backward: several for each multiprocessor, and few sums to add up
 
@@ -35,16 +35,6 @@ def _rows(tile, rows, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load(array, where, inside, TYPE: tl.constexpr):
-    return widened(tl.load(array + where, mask=inside, other=0.0), TYPE)
-
-
-@triton.jit
-def _store(array, where, values, inside):
-    tl.store(array + where, rounded(values, array.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _row_sum(parts):
     return tl.sum(parts, 1)[:, None]
 
@@ -52,7 +42,7 @@ def _row_sum(parts):
 @triton.jit
 def _updated(x, branch, where, scale, inside, TYPE: tl.constexpr):
     """x + scale * branch, as it is stored."""
-    s = _load(x, where, inside, TYPE) + scale * _load(branch, where, inside, TYPE)
+    s = load_widened(x, where, inside, TYPE) + scale * load_widened(branch, where, inside, TYPE)
     return widened(rounded(s, x.dtype.element_ty), TYPE)
 
 
@@ -64,13 +54,13 @@ def _squares(s, mean, inside):
 
 @triton.jit
 def _store_outputs(s_out, y, where, s, mean, rstd, weight, bias, column, inside, n):
-    _store(s_out, where, s, inside)
+    store_rounded(s_out, where, s, inside)
     normalized = (s - mean) * rstd
     if weight is not None:
         normalized *= tl.load(weight + column, mask=column < n, other=0.0)
     if bias is not None:
         normalized += tl.load(bias + column, mask=column < n, other=0.0)
-    _store(y, where, normalized, inside)
+    store_rounded(y, where, normalized, inside)
 
 
 # Whatever the shapes are, the code is the same.
@@ -139,9 +129,9 @@ def residual_norm_forward_kernel(
 @triton.jit
 def _gradient_tile(grad_y, s, mean, rstd, weight, where, column, inside, n, TYPE: tl.constexpr):
     """The gradient of y, that times the weight, and the normalized s."""
-    g = _load(grad_y, where, inside, TYPE)
+    g = load_widened(grad_y, where, inside, TYPE)
     a = g if weight is None else g * tl.load(weight + column, mask=column < n, other=0.0)
-    return g, a, (_load(s, where, inside, TYPE) - mean) * rstd
+    return g, a, (load_widened(s, where, inside, TYPE) - mean) * rstd
 
 
 @triton.jit
@@ -150,9 +140,9 @@ def _store_gradients(
 ):
     g = rstd * (a - a_mean - normalized * along_mean)
     if grad_s is not None:
-        g += _load(grad_s, where, inside, g.dtype)
-    _store(grad_x, where, g, inside)
-    _store(grad_branch, where, scale * g, inside)
+        g += load_widened(grad_s, where, inside, g.dtype)
+    store_rounded(grad_x, where, g, inside)
+    store_rounded(grad_branch, where, scale * g, inside)
 
 
 @triton.jit

@@ -16,28 +16,18 @@ import triton.language as tl
 from torch import Tensor
 
 from depthnet.kernels.triton.residual import FEWEST_WARPS, OPTIONS
-from depthnet.kernels.triton.rounding import rounded, widened
+from depthnet.kernels.triton.rounding import load_widened, store_rounded
 
 ELEMENTS = 1024  # of half a head, times tokens: a thread has eight
 
 
 @triton.jit
-def _load(array, where, inside, TYPE: tl.constexpr):
-    return widened(tl.load(array + where, mask=inside, other=0.0), TYPE)
-
-
-@triton.jit
-def _store(array, where, values, inside):
-    tl.store(array + where, rounded(values, array.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _turn(source, read, target, write, half, cos, sin, inside, TYPE: tl.constexpr):
     """Both halves of what is read, turned and written."""
-    first = _load(source, read, inside, TYPE)
-    second = _load(source, read + half, inside, TYPE)
-    _store(target, write, first * cos - second * sin, inside)
-    _store(target, write + half, second * cos + first * sin, inside)
+    first = load_widened(source, read, inside, TYPE)
+    second = load_widened(source, read + half, inside, TYPE)
+    store_rounded(target, write, first * cos - second * sin, inside)
+    store_rounded(target, write + half, second * cos + first * sin, inside)
 
 
 @triton.jit

@@ -32,3 +32,14 @@ def rounded(x, TYPE: tl.constexpr):
         nearest = tl.where(x == x, nearest, (bits >> 16) | 0x40)  # a quiet NaN
         return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(TYPE)
+
+
+@triton.jit
+def load_widened(array, where, inside, TYPE: tl.constexpr):
+    """What is there of an array, 0 elsewhere."""
+    return widened(tl.load(array + where, mask=inside, other=0.0), TYPE)
+
+
+@triton.jit
+def store_rounded(array, where, values, inside):
+    tl.store(array + where, rounded(values, array.dtype.element_ty), mask=inside)

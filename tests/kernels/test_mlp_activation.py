@@ -11,6 +11,7 @@ from depthnet.kernels.triton import INTERPRETED
 
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 kinds = pytest.mark.parametrize("kind", MLPS)
+pytestmark = pytest.mark.usefixtures("float64_is_torchs")
 
 
 def plain(h, kind):
@@ -37,14 +38,6 @@ def check(h, kind, g=None):
     judge = grads(lambda h: plain(h, kind), [h], g)
     truth = grads(lambda h: definition(h, kind), [h], g, torch.float64)
     assert_as_accurate(kind, got, judge, truth, 8)
-
-
-@pytest.fixture(autouse=True)
-def dtypes_of_the_backend(request):
-    if "backend" in request.fixturenames and "dtype" in request.fixturenames:
-        on, dtype = (request.getfixturevalue(name) for name in ("backend", "dtype"))
-        if on.startswith("cpu") and dtype == torch.float64:
-            pytest.skip("the native kernels leave float64 to torch")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")

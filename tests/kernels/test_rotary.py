@@ -7,6 +7,7 @@ from depthnet.kernels.reference import stream_dtype
 from depthnet.kernels.triton import INTERPRETED
 
 SINGLE = torch.float32
+pytestmark = pytest.mark.usefixtures("float64_is_torchs")
 
 
 def rotation_of(tokens, size, dtype=SINGLE):
@@ -61,14 +62,6 @@ def check(qkv, rotation, grads):
     truth = results(definition, qkv, rotation, grads, torch.float64)
     assert_as_accurate(str(tuple(qkv.shape)), got, judge, truth, 3)
     assert all(part.is_contiguous() for part in got[:3])
-
-
-@pytest.fixture(autouse=True)
-def dtypes_of_the_backend(request):
-    if "backend" in request.fixturenames and "dtype" in request.fixturenames:
-        on, dtype = (request.getfixturevalue(name) for name in ("backend", "dtype"))
-        if on.startswith("cpu") and dtype == torch.float64:
-            pytest.skip("the native kernels leave float64 to torch")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
