@@ -136,21 +136,12 @@ def after_fusion(build: Callable[[], nn.Module], loss: Callable[[Callable], Tens
         pass
 
     def count(nodes):
-        # What an operator with several results writes is found at its results, which are no kernels.
-        written = Counter()
         for node in nodes:
-            if isinstance(node.node, MultiOutput):
-                layout = node.node.get_layout()
-                written[node.node.inputs[0].get_name()] += (
-                    math.prod(map(int, layout.size)) * layout.dtype.itemsize
-                )
-        for node in nodes:
+            # A result of an operator with several is no kernel, and its bytes are counted at the operator.
             if not isinstance(node, NopKernelSchedulerNode) and not isinstance(
                 node.node, MultiOutput
             ):
                 moved = node.get_read_write_buffers_sizes()
-                if node.node is not None:  # not several nodes fused, none of which is an operator
-                    moved += written[node.node.get_name()]
                 kernels[Kernel(node.estimate_flops() or 0, moved)] += 1
         raise Counted
 

@@ -94,7 +94,7 @@ void absolute_value_backward(const MlpActivation& m, int64_t begin, int64_t end)
   T* out = static_cast<T*>(m.out);
   for_vectors<float>(end - begin, [&](int64_t i, int64_t count) {
     const V x = load_some(h + begin + i, count), g = load_some(grad + begin + i, count);
-    store_some(out + begin + i, x > 0 ? g : x < 0 ? -g : g * x, count);  // 0, or NaN of either
+    store_some(out + begin + i, x > 0 ? g : x < 0 ? -g : g * 0.f, count);
   });
 }
 

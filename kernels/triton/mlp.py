@@ -82,7 +82,7 @@ def mlp_activation_backward_kernel(
             density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
             values = g * (_probability(x) + x * density)
         else:
-            values = tl.where(x > 0, g, tl.where(x < 0, -g, g * x))  # 0, or NaN of either
+            values = tl.where(x > 0, g, tl.where(x < 0, -g, g * 0.0))
         store_rounded(grad_h, row * n + column, values, inside)
 
 

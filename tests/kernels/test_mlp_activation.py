@@ -103,6 +103,22 @@ def test_what_is_not_finite_stays_where_it_is(backend, dtype, kind):
 
 
 @kinds
+def test_the_gradient_where_there_is_no_number(backend, kind):
+    """NaN in h or in the gradient of y; as torch has it: at NaN |x| has the slope 0."""
+    h, g = torch.randn(3, width(20, kind)), torch.randn(3, 20)
+    h[0, 3] = h[1, -2] = g[2, 5] = math.nan
+    got, want = (
+        grads(function, [h], g)[1]
+        for function in (
+            lambda h: kernels.mlp_activation(h, kind),
+            lambda h: plain(h, kind),
+        )
+    )
+    assert torch.equal(got.isnan(), want.isnan())
+    torch.testing.assert_close(got.nan_to_num(0), want.nan_to_num(0))
+
+
+@kinds
 def test_large_arguments(backend, kind):
     """Tails are 0 and slopes 0 or 1, with nothing infinite between."""
     large = torch.tensor([-3e38, -1e20, -200.0, -89.0, 89.0, 200.0, 1e20, 3e38])[:, None]
