@@ -57,13 +57,21 @@ class PlainLayer(nn.Module):
         z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         z = self.output(z.transpose(1, 2).reshape(batch, tokens, -1))
         x = x + self.multiplier * z
-        h = self.up(self.norm2(x))
-        if self.mlp == "swiglu":
-            gate, h = h.chunk(2, -1)
-            h = F.silu(gate) * h
-        else:
-            h = F.gelu(h) if self.mlp == "gelu" else h.abs()
-        return x + self.multiplier * self.down(h)
+        return x + self.multiplier * self.down(activated(self.up(self.norm2(x)), self.mlp))
+
+
+def activated(h: Tensor, mlp: str) -> Tensor:
+    if mlp == "swiglu":
+        gate, h = h.chunk(2, -1)
+        return F.silu(gate) * h
+    return F.gelu(h) if mlp == "gelu" else h.abs()
+
+
+def angles(tokens: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of rotary positions, (tokens, HEAD) each."""
+    half = torch.arange(0, HEAD, 2) / HEAD
+    angle = torch.arange(tokens)[:, None] * 10000.0**-half
+    return torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -85,10 +93,9 @@ class PlainTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(ours.width, bias=False)
         self.head = nn.Linear(ours.width, VOCABULARY, bias=False)
-        half = torch.arange(0, HEAD, 2) / HEAD
-        angles = torch.arange(ours.context)[:, None] * 10000.0**-half
-        self.register_buffer("cos", torch.cat([angles.cos()] * 2, -1))
-        self.register_buffer("sin", torch.cat([angles.sin()] * 2, -1))
+        cos, sin = angles(ours.context)
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
         with torch.no_grad():
             self.embedding.weight.copy_(ours.embedding.weight)
             self.head.weight.copy_(ours.head.weight)

@@ -16,9 +16,10 @@ import torch
 from common import argument_parser, dtype_name, interleaved, parse_args, print_machine, write_csv
 from torch import Tensor
 from torch.nn import functional as F
-from transformer import HEAD, turned
+from transformer import HEAD, activated, angles, turned
 
 from depthnet import kernels
+from depthnet.kernels.mlp_activation import MLPS
 from depthnet.nn.transformer import rotations
 
 SHAPES = [(1024, 128), (2048, 256), (8192, 768)]  # tokens, width
@@ -59,10 +60,7 @@ def mlp_activation(kind: str, tokens: int, n: int, dtype, _, random) -> Case:
         return kernels.mlp_activation(h, kind)
 
     def plain(h):
-        if kind == "swiglu":
-            gate, up = h.chunk(2, -1)
-            return F.silu(gate) * up
-        return F.gelu(h) if kind == "gelu" else h.abs()
+        return activated(h, kind)
 
     h = random(dtype, tokens, 8 * n if kind == "swiglu" else 4 * n)
     grad = random(dtype, tokens, 4 * n)
@@ -73,8 +71,7 @@ def rotary(_, tokens: int, n: int, dtype, __, random) -> Case:
     batch, heads = tokens // TEXT, n // HEAD
     qkv = random(dtype, batch, TEXT, 3, heads, HEAD)
     rotation = rotations(TEXT, HEAD).to(qkv.device, torch.float32)
-    cos, (negative, positive) = rotation[:, 0].to(dtype), rotation[:, 1].chunk(2, -1)
-    sin = torch.cat([-negative, positive], -1).to(dtype)
+    cos, sin = (table.to(qkv) for table in angles(TEXT))
 
     def ours(qkv):
         return kernels.rotary(qkv, rotation)
@@ -91,7 +88,7 @@ PAIRS = [(SINGLE, SINGLE), (SINGLE, HALF), (HALF, HALF)]  # of the stream, and w
 EQUAL = [(SINGLE, SINGLE), (HALF, HALF)]
 OPERATORS = {
     residual_norm: (("layer", "rms"), PAIRS),
-    mlp_activation: (("gelu", "swiglu", "abs"), EQUAL),
+    mlp_activation: (MLPS, EQUAL),
     rotary: (("",), EQUAL),
 }
 
