@@ -22,15 +22,7 @@ from depthnet.nn.resnet import ResidualStack
 from depthnet.optim import AdamW
 from depthnet.scaling import Parametrization, classify, param_groups
 from depthnet.sweep.analysis import DRIFT_LIMIT
-from depthnet.sweep.optima import (
-    Slice,
-    bootstrap_curves,
-    interval,
-    minima,
-    optimum,
-    slice_losses,
-    slices,
-)
+from depthnet.sweep.optima import Slice, bowl, drawn_curves, interval, slice_losses, slices
 from depthnet.sweep.population import BETAS
 from depthnet.training import PopulationTrainer
 
@@ -56,9 +48,9 @@ class Curve:
     """Training loss against learning rate at one depth, averaged over the last fifth of the steps.
 
     losses: float64 (seeds, G), infinite where a run diverged.
-    low, high: float64 (G,), 95 % bootstrap interval of the mean curve.
+    low, high: float64 (G,), 95 % interval of the mean curve.
     initial_loss: before training, mean over the runs.
-    optimum: log2 of the best learning rate with its 95 % bootstrap interval; NaN if every rate diverges.
+    optimum: log2 of the best learning rate with its 95 % interval; NaN if every rate diverges.
     at_edge: whether the lowest point is the first or the last of the grid.
     shift: octaves from the optimum of the depth that is tuned to this one's, with its interval.
     """
@@ -104,7 +96,7 @@ class Tuning:
 
     @property
     def optimum(self) -> Interval:
-        """log2 of the best learning rate, with its 95 % bootstrap interval."""
+        """log2 of the best learning rate, with its 95 % interval."""
         return self.curves[self.depth].optimum
 
     def __str__(self) -> str:
@@ -452,24 +444,28 @@ def _curves(grid: np.ndarray, by_depth: dict[int, np.ndarray], part: Slice) -> d
     found: dict[int, Curve] = {}
     for depth, losses in by_depth.items():
         own = slice_losses(np.moveaxis(losses, -1, 0), part)
-        best = optimum(grid, own.mean(0))
-        # Seeds and steps are drawn alike for every depth.
-        sampled = bootstrap_curves(losses[..., part.start : part.end])
-        optima = minima(grid, sampled)
+        drawn = drawn_curves(np.where(np.isfinite(own)[..., None], losses, np.inf)[..., _of(part)])
+        fitted = bowl(grid, drawn)
+        optima = fitted.optimum
         if not found:
-            tuned, tuned_optima = best, optima
-        low, high = np.array([interval(point) for point in sampled.T]).T
+            tuned = optima
+        shift = optima - tuned
+        low, high = np.array([interval(point) for point in drawn[1:].T]).T
         found[depth] = Curve(
             depth=depth,
             losses=own,
             low=low,
             high=high,
             initial_loss=float(losses[..., 0].mean(dtype=np.float64)),
-            optimum=Interval(best.log2_lr, *interval(optima)),
-            at_edge=best.at_edge,
-            shift=Interval(best.log2_lr - tuned.log2_lr, *interval(optima - tuned_optima)),
+            optimum=Interval(float(optima[0]), *interval(optima[1:])),
+            at_edge=fitted.at_edge,
+            shift=Interval(float(shift[0]), *interval(shift[1:])),
         )
     return found
+
+
+def _of(part: Slice) -> slice:
+    return slice(part.start, part.end)
 
 
 def _theory_warnings(parametrization: Parametrization | None, block_depth: int | None) -> list[str]:

@@ -24,6 +24,7 @@ SEVERAL = {
     "activation": (str, "identity, relu, abs, leaky_relu, or slopes as P,Q"),
     "width": (int, "numbers of features"),
     "depth": (int, "numbers of blocks"),
+    "sweep": (str, "whose learning rate moves: all, hidden (the blocks) or frozen (the others frozen)"),
 }
 NUMBERS = {
     "log2_lr": "of the learning rate",
@@ -39,7 +40,10 @@ SINGLE = {
     "seeds": (int, "how often every trial is repeated"),
     "steps": (int, "of training"),
     "batch": (int, "samples a step"),
-    "sweep": (str, "whose learning rate moves: hidden or all"),
+    "schedule": (str, "of learning rates: constant, linear or cosine"),
+    "warmup": (int, "steps in which they rise first"),
+    "outer_log2_lr": (float, "of input and output layers, with sweep hidden"),
+    "output_std": (float, "of the output layer's initial weights"),
     "sampler": (str, "grid or tpe"),
     "trials": (int, "candidates of a network, for tpe"),
     "round": (int, "how many of them train at a time"),
@@ -195,6 +199,7 @@ def _write_report(ledger, out: Path, terminal) -> None:
     settings, trials = ledger.settings, ledger.trials()
     environment = {**ledger.record["versions"], **machine(settings.device.partition(":")[0])}
     summary = report.write(trials, settings, environment, out)
+    terminal.print(text.Text(summary["headline"], style="bold"))
     terminal.print(report.table(summary))
     for panel in summary["panels"]:
         last = list(panel["slices"].values())[-1]

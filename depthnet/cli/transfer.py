@@ -31,8 +31,14 @@ def add_verbs(verbs) -> None:
     add("--seeds", type=int, default=2, metavar="N")
     add("--steps", type=int, default=300, metavar="N")
     add("--batch", type=int, default=64, metavar="N")
-    add("--sweep", choices=["hidden", "all"], default="hidden",
-        help="whose learning rate moves; hidden keeps input and output layers at 2^-7")  # fmt: skip
+    add("--schedule", default="constant", help="of learning rates: constant, linear or cosine")
+    add("--warmup", type=int, default=0, metavar="N", help="steps in which they rise first")
+    add("--sweep", nargs="+", default=["all"], metavar="WHAT",
+        help="whose learning rate moves: all, hidden (the blocks) or frozen (the others frozen)")  # fmt: skip
+    add("--outer-log2-lr", type=float, default=-10.0, metavar="X",
+        help="of input and output layers, with --sweep hidden")  # fmt: skip
+    add("--output-std", type=float, default=0.0, metavar="X",
+        help="of the output layer's initial weights; --sweep frozen needs one")  # fmt: skip
     add("--device", default="cpu", help="a torch device, such as cuda")
     add("--storage", metavar="URL", help="where trials live, so that many machines can take part; "
         "None is an SQLite file in DIR")  # fmt: skip
@@ -54,12 +60,12 @@ def settings_of(options: argparse.Namespace):
             f"base_depth must be one of depths, {options.depths}, got {options.base_depth}"
         )
     same = ("data", "data_dir", "width", "base_depth", "activation", "seeds", "steps", "batch")
+    same += ("schedule", "warmup", "sweep", "outer_log2_lr", "output_std")
     return SweepSettings(
         name="transfer",
         depth=options.depths,
         parametrization=options.parametrizations,
         log2_lr={"low": low, "high": high, "step": step},
-        sweep=options.sweep,
         device=options.device,
         **{key: getattr(options, key) for key in same},
     )

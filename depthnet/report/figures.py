@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from depthnet.sweep import analysis, optima
-from depthnet.sweep.analysis import Curve, Panel
+from depthnet.sweep.analysis import Curve, Panel, Verdict
 from depthnet.sweep.study import Range, SweepSettings, Trial
 
 
@@ -27,6 +27,7 @@ class Curves:
 
     panel: Panel
     found: list[Curve]
+    verdict: Verdict
     low: float
     high: float
 
@@ -49,7 +50,15 @@ def all_curves(trials: list[Trial], settings: SweepSettings) -> list[Curves]:
     ceiling = min(high, max(1.35 * low, 1.2 * statistics.median(finite or [1.0])))
     margin = 0.01 * abs(ceiling) + 0.04 * (ceiling - low)
     return [
-        Curves(panel, found, low - margin, ceiling + margin) for panel, found in by_panel if found
+        Curves(
+            panel,
+            found,
+            analysis.verdict(found, settings, panel),
+            low - margin,
+            ceiling + margin,
+        )
+        for panel, found in by_panel
+        if found
     ]
 
 
@@ -65,7 +74,7 @@ def curves_figure(drawn: list[Curves], settings: SweepSettings):
     axes = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     for axis, each in zip(axes, drawn, strict=False):
         draw_curves(axis, each, settings)
-        lines = [exponents(each.panel), ", ".join(each.panel.details)]
+        lines = [exponents(each.panel), ", ".join(each.panel.details), judged(each.verdict, settings)]
         axis.set_title("\n".join(filter(None, lines)), fontsize=11, parse_math=False)
     for axis in axes[len(drawn) :]:
         axis.set_visible(False)
@@ -213,7 +222,7 @@ def heat_figure(maps: list[list[HeatMap]], settings: SweepSettings):
     figure.supylabel("log2 of the block multiplier a")
     figure.suptitle(
         f"{loss_label(settings)}   ★ minimum   — within "
-        f"{100 * analysis.REGRET_LIMIT:g} % of it   × diverged",
+        f"{100 * analysis.COST_LIMIT:g} % of it   × diverged",
         fontsize=11,
     )
     return figure
@@ -261,7 +270,7 @@ def draw_map(figure, axis, each: HeatMap, settings: SweepSettings) -> None:
     bar = figure.colorbar(mesh, ax=axis, extend="max" if clipped else "neither")
     bar.locator = MaxNLocator(5)
     bar.update_ticks()
-    level = best + analysis.REGRET_LIMIT * abs(best)
+    level = best + analysis.COST_LIMIT * abs(best)
     if np.nanmax(finite) > level:
         # What diverged is as high as needed for the contour to go around what did not.
         filled = np.where(np.isinf(each.losses), np.nanmax(finite), finite)
@@ -309,6 +318,21 @@ def exponents(panel: Panel) -> str:
     return f"{own.name} (α = {own.alpha:g}, γ = {own.gamma:g})"
 
 
+# What a verdict's answer and a sign for it are.
+SIGNS = {"transfers": "✓", "does not transfer": "✗", "undecided": "?", "no verdict": "–"}
+
+
+def judged(verdict: Verdict, settings: SweepSettings) -> str:
+    """A verdict in a line; empty for networks of one scale."""
+    scale = analysis.scale_of(settings)
+    if len(getattr(settings, scale)) == 1:
+        return ""
+    helps = {True: f"{scale} helps", False: f"{scale} hurts"}.get(verdict.helps)
+    return "  ".join(
+        [f"{SIGNS[verdict.answer]} {verdict.answer}", *([helps] if helps else [])]
+    )
+
+
 def title(panel: Panel) -> str:
     return ", ".join((exponents(panel), *panel.details))
 
@@ -321,9 +345,11 @@ def question(settings: SweepSettings) -> str:
 
 
 def learning_rate_label(settings: SweepSettings) -> str:
-    swept = "blocks" if settings.sweep == "hidden" else "all layers"
+    swept = {("all",): " of all layers"}.get(settings.sweep, "")
+    if "all" not in settings.sweep:
+        swept = " of the blocks"
     return (
-        f"log2 of the learning rate of the {swept},\n"
+        f"log2 of the learning rate{swept},\n"
         f"as it is at width {settings.base_width}, depth {settings.base_depth}"
     )
 

@@ -13,15 +13,11 @@ from typing import Any
 from depthnet._checks import optional_import
 from depthnet.report import figures
 from depthnet.report.files import NO_METADATA, SVG
-from depthnet.sweep import analysis, optima
+from depthnet.sweep import analysis
 from depthnet.sweep.study import Range, SweepSettings
 
-# What a verdict's `transfers` is called, its sign and the class of its color.
-CHIPS = {
-    True: ("transfers", "✓", "yes"),
-    False: ("does not transfer", "✗", "no"),
-    None: ("undecided", "?", "open"),
-}
+# The class of a verdict's color.
+CHIPS = {True: "yes", False: "no", None: "open"}
 
 
 def render(
@@ -51,13 +47,16 @@ def render(
         for record, panel in zip(summary["panels"], analysis.panels(settings), strict=True)
     ]
     curves = [(figures.title(each.panel), figures.panel_figure(each, settings)) for each in drawn]
+    whole = [(figures.question(settings), figures.curves_figure(drawn, settings))]
     planes = [(each.title, figures.map_figure(each, settings)) for line in maps for each in line]
     return templates.get_template("report.html.jinja").render(
         settings=settings,
         question=figures.question(settings),
         scale=summary["scale"],
         base=summary["base"],
-        answer=_answer(panels, settings),
+        headline=summary["headline"],
+        whole=_inline(whole, "whole", jinja)[0]["svg"],
+        rule=_rule(settings),
         panels=panels,
         notes=notes(summary, settings),
         files=files,
@@ -65,7 +64,7 @@ def render(
         curves=_inline(curves, "curve", jinja),
         curves_note=_curves_note(settings),
         maps=_inline(planes, "map", jinja),
-        regret_percent=f"{100 * analysis.REGRET_LIMIT:g}",
+        cost_percent=f"{100 * analysis.COST_LIMIT:g}",
         costs=[
             *(_cost(name, cost) for name, cost in summary["networks"].items()),
             _cost("all", summary["trials"]),
@@ -83,31 +82,19 @@ def notes(summary: dict[str, Any], settings: SweepSettings) -> list[str]:
     ]
     if count["finished"] < count["planned"]:
         found.append("What is not finished is left out.")
-    if settings.seeds > 1:
-        found.append(
-            f"Intervals are of 95 %, from {optima.SAMPLES} resamplings of the {settings.seeds} seeds "
-            "and of blocks of steps within each; where seeds differ much, few of them make intervals too "
-            "short."
-        )
-    else:
-        found.append(
-            f"Intervals are of 95 %, from {optima.SAMPLES} resamplings of blocks of steps; of one seed, "
-            "they do not tell what other seeds would give."
-        )
+    kind = f"{settings.seeds} seeds" if settings.seeds > 1 else "blocks of steps of the one seed"
+    found.append(
+        f"Intervals are of 95 %, by Student's t from the differences between {kind}"
+        + ("." if settings.seeds > 1 else "; they do not tell what other seeds would give.")
+    )
     return found
 
 
-def _answer(panels: list[dict[str, Any]], settings: SweepSettings) -> str:
-    """What a reader wants to know first."""
+def _rule(settings: SweepSettings) -> str:
+    """What the verdicts say."""
     scale = analysis.scale_of(settings)
-    sizes = getattr(settings, scale)
-    if len(sizes) == 1:
+    if len(getattr(settings, scale)) == 1:
         return f"Networks of one {scale} say nothing of transfer; their optima are below."
-    answers = []
-    for transfers, word in ((True, "yes"), (False, "no"), (None, "undecided")):
-        names = [panel["name"] for panel in panels if panel["transfers"] is transfers]
-        if names:
-            answers.append(f"{word} with {_join(names)}")
     rule = (
         f"A learning rate transfers if the best one moves by at most {analysis.DRIFT_LIMIT:g} octaves "
         f"(factors of 2) per doubling of {scale}"
@@ -115,32 +102,28 @@ def _answer(panels: list[dict[str, Any]], settings: SweepSettings) -> str:
     if not isinstance(settings.log2_lr, Range):
         rule += (
             f", and if the one tuned at {scale} {analysis.base_scale(settings)} costs at most "
-            f"{100 * analysis.REGRET_LIMIT:g} % of the loss at any other"
+            f"{100 * analysis.COST_LIMIT:g} % of the loss at any other. There is no verdict where the best "
+            f"learning rate is not {100 * analysis.CONTRAST_LIMIT:g} % better than the least of the grid"
         )
-    return f"From {scale} {min(sizes)} to {max(sizes)}: {'; '.join(answers)}. {rule}."
-
-
-def _join(names: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return f"{rule}."
 
 
 def _panel(record: dict[str, Any], panel: analysis.Panel) -> dict[str, Any]:
     parts = record["slices"]
     last = list(parts.values())[-1]
-    verdict, sign, chip = CHIPS[last["transfers"]]
     scales = sorted({size for part in parts.values() for size in part["scales"]}, key=int)
     return {
         "name": panel.name,
         "title": figures.title(panel),
-        "transfers": last["transfers"],
-        "verdict": verdict,
-        "sign": sign,
-        "chip": chip,
+        "verdict": last["answer"],
+        "sign": figures.SIGNS[last["answer"]],
+        "chip": CHIPS[last["transfers"]],
         "reason": capitalized(last["verdict"].partition(": ")[2]),
+        "contrast": "–" if math.isnan(last["contrast"]) else f"{100 * last['contrast']:.1f} %",
         "slices": {
             name: {
-                "shift": estimate(part["shift_octaves"], part["shift_interval"]),
-                "drift": estimate(part["drift_octaves_per_doubling"], part["drift_interval"]),
+                "shift": estimate(part["shift_octaves"]),
+                "drift": estimate(part["drift_octaves_per_doubling"]),
             }
             for name, part in parts.items()
         },
@@ -148,8 +131,9 @@ def _panel(record: dict[str, Any], panel: analysis.Panel) -> dict[str, Any]:
             {
                 "scale": size,
                 "cells": [optimum_text(part["scales"][size]) for part in parts.values()],
-                "loss": loss_text(last["scales"][size]),
-                "regret": regret_text(last["scales"][size]),
+                "loss": loss_text(last["scales"][size], "best_loss"),
+                "tuned": loss_text(last["scales"][size], "tuned_loss"),
+                "cost": cost_text(last["scales"][size]),
             }
             for size in scales
         ],
@@ -160,9 +144,9 @@ def capitalized(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def estimate(value: float, ends: list[float]) -> str:
+def estimate(found: list[float]) -> str:
     """A value and its interval; a dash if unknown."""
-    return "–" if math.isnan(value) else f"{value:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}]"
+    return "–" if math.isnan(found[0]) else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*found)
 
 
 def optimum_text(cell: dict[str, Any]) -> str:
@@ -173,14 +157,15 @@ def optimum_text(cell: dict[str, Any]) -> str:
     return f"{cell['optimum_log2_lr']:.2f}{'*' if cell['at_edge'] else ''} [{low:.2f}, {high:.2f}]"
 
 
-def loss_text(cell: dict[str, Any]) -> str:
-    return f"{cell['best_loss']:#.4g}" if math.isfinite(cell["best_loss"]) else "–"
+def loss_text(cell: dict[str, Any], key: str) -> str:
+    return f"{cell[key]:#.4g}" if math.isfinite(cell[key]) else "–"
 
 
-def regret_text(cell: dict[str, Any]) -> str:
-    if math.isnan(cell["regret"]):
+def cost_text(cell: dict[str, Any]) -> str:
+    value = cell["cost"][0]
+    if math.isnan(value):
         return "–"
-    return "diverges" if math.isinf(cell["regret"]) else f"{100 * cell['relative_regret']:.1f} %"
+    return "diverges" if math.isinf(value) else analysis.percent(analysis.Estimate(*cell["cost"]))
 
 
 def _curves_note(settings: SweepSettings) -> str:

@@ -43,11 +43,13 @@ def write(
     if not trials:
         raise ValueError("trials must have at least one that is finished, got none")
     out.mkdir(parents=True, exist_ok=True)
+    found = analysis.summarize(trials, settings)
     summary = {
         "name": settings.name,
+        "headline": headline(found),
         "settings": asdict(settings),
         "environment": environment,
-        **analysis.summarize(trials, settings),
+        **found,
     }
     files = ["results.csv"]
     rows = analysis.rows(trials, settings)
@@ -75,6 +77,54 @@ def write(
     return summary
 
 
+def headline(found: dict[str, Any]) -> str:
+    """What analysis.summarize has found, in a sentence for who knows nothing of it.
+
+    It tells of the study's first panel, and of the one whose learning rate costs most.
+    """
+    scale, base = found["scale"], found["base"]
+    last = [list(panel["slices"].values())[-1] for panel in found["panels"]]
+    sizes = [int(size) for size in last[0]["scales"]]
+    if not sizes or (farthest := max(sizes)) <= base:
+        return f"Nothing is known yet of networks of more than one {scale}."
+    if last[0]["answer"] == "no verdict":
+        return f"{last[0]['verdict'].partition(': ')[2].partition(';')[0].capitalize()}."
+    costs = [
+        analysis.Estimate(*part["scales"][str(farthest)]["cost"])
+        if str(farthest) in part["scales"]
+        else analysis.Estimate()
+        for part in last
+    ]
+    names = [_with(panel) for panel in found["panels"]]
+    sentence = (
+        f"Tuned at {scale} {base}, the same learning rate at {scale} {farthest} "
+        f"{_costs(costs[0])} {names[0]}"
+    )
+    if last[0]["helps"] is not None:
+        gain = analysis.Estimate(*last[0]["gain"])
+        sentence += (
+            f", where {scale} {farthest} is {abs(100 * gain.value):.1f} % "
+            f"{'better' if last[0]['helps'] else 'worse'} than {scale} {base}"
+        )
+    worst = max(range(len(costs)), key=lambda i: -1 if math.isnan(costs[i].value) else costs[i].value)
+    if worst != 0:
+        sentence += f"; {names[worst]} it {_costs(costs[worst])}"
+    return f"{sentence}."
+
+
+def _with(panel: dict[str, Any]) -> str:
+    none = (panel["alpha"], panel["gamma"]) == (0, 0)
+    return f"without a depth rule ({panel['name']})" if none else f"with {panel['name']}"
+
+
+def _costs(cost: analysis.Estimate) -> str:
+    if math.isnan(cost.value):
+        return "has a cost that is not known"
+    if math.isinf(cost.value):
+        return "diverges"
+    return f"costs {100 * cost.value:.0f} %" if cost.value > 0.5 else f"costs {analysis.percent(cost)}"
+
+
 def table(summary: dict[str, Any]):
     """A rich table of the optima, the best losses and the regret."""
     rich_box = optional_import("rich.box", "cli", "printing a table")
@@ -84,12 +134,12 @@ def table(summary: dict[str, Any]):
     columns = rich_table.Table(
         title="log2 of the best learning rate, by slice of training",
         caption="± half the 95 % interval   * lowest point at the edge of the grid\n"
-        "loss: best of the last slice   regret: what the learning rate tuned at the base adds",
+        "loss: best of the last slice   cost: of the learning rate tuned at the base, as a part of it",
         box=rich_box.SIMPLE_HEAD,
         padding=(0, 1),
     )
     columns.add_column(summary["scale"], no_wrap=True)
-    for heading in (*parts, "loss", "regret"):
+    for heading in (*parts, "loss", "cost"):
         columns.add_column(heading, justify="right", no_wrap=True)
     for panel in summary["panels"]:
         lines = [*panel["name"].split(", "), f"({panel['alpha']:g}, {panel['gamma']:g})"]
@@ -99,8 +149,8 @@ def table(summary: dict[str, Any]):
             last = cells[-1]
             texts = [
                 *map(_short_optimum, cells),
-                html.loss_text(last),
-                html.regret_text(last),
+                html.loss_text(last, "best_loss"),
+                html.cost_text(last),
             ]
             columns.add_row(size, *map(text.Text, texts))
     return columns

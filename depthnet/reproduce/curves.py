@@ -17,7 +17,7 @@ from depthnet.report import figures
 from depthnet.reproduce.study import Arrays, DataStudy, Findings, Job, Verdict
 from depthnet.scaling import Parametrization
 from depthnet.sweep import analysis, optima, plan
-from depthnet.sweep.analysis import DRIFT_LIMIT
+from depthnet.sweep.analysis import CONTRAST_LIMIT, DRIFT_LIMIT
 from depthnet.sweep.optima import Slice, interval
 from depthnet.sweep.population import trainer
 from depthnet.sweep.study import Member, Network, SweepSettings, Trial
@@ -55,7 +55,8 @@ class Measured:
 
     curves: one a depth, against the axis that the study looks along, minima over the other axis.
     planes: (depths, 1 + samples, points of that axis, points of the other), mean losses: first of the
-        seeds and steps as they are, then of those drawn anew; infinite where training diverged.
+        seeds as they are, then of curves drawn; infinite where training diverged.
+    best: (depths, 1 + samples), the least loss: of the bowls along that axis, the lowest.
     transfer: what depthnet.sweep says of the curves.
     """
 
@@ -64,12 +65,8 @@ class Measured:
     settings: SweepSettings
     curves: list[analysis.Curve]
     planes: np.ndarray
+    best: np.ndarray
     transfer: analysis.Verdict
-
-    @property
-    def best(self) -> np.ndarray:
-        """(depths, 1 + samples): the least loss of the grid."""
-        return self.planes.min((2, 3))
 
     def lowest(self, depth: int) -> tuple[int, ...]:
         """Places, on both axes, of the least loss of the depth at that place."""
@@ -89,15 +86,15 @@ class Measured:
 class Curves(DataStudy):
     """Trains variants of a network at several depths, every point of a grid with every seed.
 
-    Input and output layers keep the learning rate of depthnet.sweep; that of the blocks moves.
-
     Args:
         data, data_dir: see depthnet.data.load.
         width, depths: of the networks; a depth counts layers, those of all blocks.
         base_depth: the number of blocks at which learning rate and multiplier are named.
-        log2_lr: least and greatest log2 of the blocks' learning rate. lr_step: of that grid, in octaves.
+        log2_lr: least and greatest log2 of the learning rate. lr_step: of that grid, in octaves.
         log2_a: of the block multiplier: values, ascending.
         seeds, steps, batch: of training.
+        sweep, outer_log2_lr, output_std, schedule, warmup: whose learning rate it is, and how it changes
+            in training, as in depthnet.sweep.
         early, late: parts of training, from 0 to 1, whose losses are averaged.
         device: of torch. memory: what networks that train side by side may take, such as "2GiB".
 
@@ -119,6 +116,11 @@ class Curves(DataStudy):
     seeds: int = 3
     steps: int = 500
     batch: int = 32
+    sweep: str = "all"
+    outer_log2_lr: float = -10.0
+    output_std: float = 0.0
+    schedule: str = "constant"
+    warmup: int = 0
     early: tuple[float, float] = (0.0, 0.2)
     late: tuple[float, float] = (0.8, 1.0)
     device: str = "cpu"
@@ -137,7 +139,7 @@ class Curves(DataStudy):
             if len(part) != 2 or not 0 <= number(key, part[0]) < number(key, part[1]) <= 1:
                 raise ValueError(f"{key} must be two ascending numbers from 0 to 1, got {part}")
         for variant in self.variants():
-            self.sweep(variant)  # checks the others
+            self.settings_of(variant)  # checks the others
             odd = [depth for depth in self.depths if depth % variant.block_depth]
             if odd:
                 raise ValueError(
@@ -183,7 +185,7 @@ class Curves(DataStudy):
         low, high, step = self.log2_lr[0] - lower, self.log2_lr[1] + higher, self.lr_step
         return tuple(low + step * index for index in range(1 + round((high - low) / step)))
 
-    def sweep(self, variant: Variant) -> SweepSettings:
+    def settings_of(self, variant: Variant) -> SweepSettings:
         """A variant's networks as depthnet.sweep has them, whose depths count layers too."""
         return SweepSettings(
             data=self.data,
@@ -198,6 +200,11 @@ class Curves(DataStudy):
             seeds=self.seeds,
             steps=self.steps,
             batch=self.batch,
+            sweep=self.sweep,
+            outer_log2_lr=self.outer_log2_lr,
+            output_std=self.output_std,
+            schedule=self.schedule,
+            warmup=self.warmup,
             memory=self.memory,
             device=self.device,
         )
@@ -215,7 +222,7 @@ class Curves(DataStudy):
 
     def _train(self, variant: Variant, depth: int, tick) -> Arrays:
         """losses: float32 (steps, seeds, multipliers, learning rates)."""
-        settings = replace(self.sweep(variant), depth=depth)
+        settings = replace(self.settings_of(variant), depth=depth)
         populations = plan.jobs(settings, self.dataset, {})
         losses = []
         for place, job in enumerate(populations):
@@ -232,7 +239,7 @@ class Curves(DataStudy):
         return {"losses": np.concatenate(losses, 1).reshape(shape)}
 
     def measure(self, variant: Variant, results: Results, part: Slice) -> Measured:
-        settings, trials = self.sweep(variant), []
+        settings, trials = self.settings_of(variant), []
         if self.along == "log2_a":  # analysis looks along the learning rate: the axes trade places
             settings = replace(
                 settings,
@@ -246,7 +253,7 @@ class Curves(DataStudy):
             if self.along == "log2_lr":
                 losses = losses.swapaxes(2, 3)
             parametrization = settings.parametrization[0]
-            network = Network(parametrization, variant.activation, self.width, depth)
+            network = Network(parametrization, variant.activation, self.width, depth, self.sweep)
             own = [
                 Trial(network, Member(x, y, 0.0, seed), losses[:, seed, i, j], 0.0, 0.0, None)
                 for seed in range(self.seeds)
@@ -254,16 +261,19 @@ class Curves(DataStudy):
                 for j, y in enumerate(axes[1])
             ]
             _, table = analysis.candidate_losses(own, settings, part)
-            drawn = optima.resampled(
-                table, optima.SAMPLES, 0
-            )  # as for curves: pairs of equal draws
-            mean = np.concatenate([analysis.seed_means(table)[None], drawn])
-            planes.append(mean.reshape(len(mean), *map(len, axes)))
+            drawn = optima.drawn_curves(table)  # as for curves: pairs of equal draws
+            planes.append(drawn.reshape(len(drawn), *map(len, axes)))
             trials += own
+        best = [
+            np.min([optima.bowl(axes[0], column).best for column in np.moveaxis(plane, -1, 0)], 0)
+            for plane in planes
+        ]
         (panel,) = analysis.panels(settings)
         curves = analysis.curves(trials, settings, panel, part)
         transfer = analysis.verdict(curves, settings, panel)
-        return Measured(variant, part, settings, curves, np.stack(planes), transfer)
+        return Measured(
+            variant, part, settings, curves, np.stack(planes), np.stack(best), transfer
+        )
 
     def findings(self, results: Results) -> Findings:
         found = {
@@ -279,10 +289,11 @@ class Curves(DataStudy):
             notes=[
                 f"loss: of training on {self.dataset.source['name']}, mean over a part of {self.steps} "
                 f"steps of {self.batch} samples and over {self.seeds} seeds, at the best point of the "
-                f"grid; width {self.width}. depth: in layers. log2 lr, log2 a: of the blocks' learning "
-                f"rate and multiplier, as they are at {self.base_depth} blocks. *: at the edge of the "
-                "grid, the optimum may lie beyond. Intervals of losses against depth leave out what all "
-                "networks of a seed share, those in the table do not.",
+                f"grid; width {self.width}. depth: in layers. log2 lr, log2 a: of the learning rate "
+                f"({analysis.SWEPT[self.sweep]}) and the multiplier, as they are at {self.base_depth} "
+                "blocks. *: at the edge of the grid, the optimum may lie beyond. Intervals of losses "
+                "against depth leave out what all networks of a seed share, those in the table do not.",
+                _contrasts(found),
                 *self.notes(),
             ],
         )
@@ -400,6 +411,14 @@ class Curves(DataStudy):
         axis.grid(alpha=0.3)
 
 
+def _contrasts(found: dict[str, list[Measured]]) -> str:
+    own = ", ".join(
+        f"{100 * each[-1].transfer.contrast:.0f} % ({each[-1].variant.label})"
+        for each in found.values()
+    )
+    return f"Contrast, of the least point of the grid against the best, at the base depth, late: {own}."
+
+
 def words(part: Slice) -> str:
     return f"steps {part.start} to {part.end}"
 
@@ -435,43 +454,40 @@ def less(
     )
 
 
-def beyond(value: float, ends: tuple[float, float]) -> bool | None:
-    """Whether a drift is more than what transfers; None if its interval contains that limit."""
-    if math.isnan(value) or any(
-        ends[0] <= limit <= ends[1] for limit in (-DRIFT_LIMIT, DRIFT_LIMIT)
-    ):
-        return None
-    return abs(value) > DRIFT_LIMIT
-
-
 def stays(claim: str, each: Measured) -> Verdict:
     """The optimum drifts by no more than DRIFT_LIMIT octaves a doubling of depth."""
     moved, edges = _drift(each)
     lost = any(not math.isfinite(loss) for loss in each.best[:, 0])
     holds = False if moved or lost else None if moved is None or edges else True
-    return Verdict(claim, holds, _drift_words(each, edges))
+    return judged(claim, holds, _drift_words(each, edges), each)
 
 
 def moves(claim: str, each: Measured) -> Verdict:
     """The optimum drifts by more than DRIFT_LIMIT octaves a doubling of depth."""
     moved, edges = _drift(each)
-    return Verdict(
-        claim,
-        True if moved else None if moved is None or edges else False,
-        _drift_words(each, edges),
-    )
+    holds = True if moved else None if moved is None or edges else False
+    return judged(claim, holds, _drift_words(each, edges), each)
+
+
+def judged(claim: str, holds: bool | None, words: str, each: Measured) -> Verdict:
+    """A verdict on learning rates, which is none where the contrast is below its limit."""
+    if each.transfer.contrast < CONTRAST_LIMIT:
+        limit = f"{100 * CONTRAST_LIMIT:g} %"
+        words = f"no verdict, as the contrast is {100 * each.transfer.contrast:.1f} % < {limit}; {words}"
+        return Verdict(claim, None, words)
+    return Verdict(claim, holds, words)
 
 
 def _drift(each: Measured) -> tuple[bool | None, list[int]]:
     edges = [curve.scale for curve in each.curves if curve.optimum.at_edge]
-    return beyond(each.transfer.drift, each.transfer.drift_interval), edges
+    return each.transfer.drift.exceeds(DRIFT_LIMIT), edges
 
 
 def _drift_words(each: Measured, edges: list[int]) -> str:
-    low, high = each.transfer.drift_interval
+    drift = each.transfer.drift
     lost = [curve.scale for curve in each.curves if not math.isfinite(curve.best)]
     return (
-        f"{each.transfer.drift:+.2f} [{low:+.2f}, {high:+.2f}] octaves a doubling of depth, limit "
+        f"{drift.value:+.2f} [{drift.low:+.2f}, {drift.high:+.2f}] octaves a doubling of depth, limit "
         f"±{DRIFT_LIMIT:g}"
         + (f"; at the edge of the grid at depth {', '.join(map(str, edges))}" if edges else "")
         + (f"; all diverge at depth {', '.join(map(str, lost))}" if lost else "")

@@ -10,16 +10,15 @@ from depthnet.reproduce.curves import (
     Curves,
     Measured,
     Variant,
-    beyond,
     exponents,
+    judged,
     less,
     moves,
     stays,
     words,
 )
 from depthnet.reproduce.study import Verdict
-from depthnet.sweep.analysis import DRIFT_LIMIT, REGRET_LIMIT
-from depthnet.sweep.optima import interval
+from depthnet.sweep.analysis import COST_LIMIT, DRIFT_LIMIT, Estimate
 
 
 @dataclass(frozen=True)
@@ -127,14 +126,14 @@ class Fig2(Curves):
     def judge(self, found: dict[str, list[Measured]]) -> list[Verdict]:
         before, after = (found[name][-1] for name in ("before", "after"))
         first = next((i for i, depth in enumerate(self.depths) if depth >= 8), 0)
-        percent = f"{100 * REGRET_LIMIT:g} %"
+        percent = f"{100 * COST_LIMIT:g} %"
         return [
             stays("W φ(x): the best learning rate stays with depth", before),
             less(
                 f"W φ(x): depth {self.depths[-1]} gains less than {percent} over {self.depths[first]}",
                 (before, first),
                 (before, -1),
-                REGRET_LIMIT,
+                COST_LIMIT,
             ),
             *(
                 less(f"at depth {depth} φ(W x) is better than W φ(x)", (after, i), (before, i))
@@ -165,7 +164,7 @@ class Fig11(Curves):
     def judge(self, found: dict[str, list[Measured]]) -> list[Verdict]:
         ode, own = found["ode"][-1], found["depth_mup"][-1]
         moved = moves("(1, 0): the best learning rate rises with depth, late", ode)
-        if moved.holds and ode.transfer.drift < 0:
+        if moved.holds and ode.transfer.drift.value < 0:
             moved = Verdict(moved.claim, False, moved.words)
         return [
             moved,
@@ -245,16 +244,18 @@ class Fig13(Curves):
             return Verdict(claim, None, "one depth says nothing")
         *_, last, deepest = each.curves
         octaves = math.log2(deepest.scale / last.scale)
-        shift = (deepest.optimum.log2_lr - last.optimum.log2_lr) / octaves
-        low, high = interval((deepest.optima - last.optima) / octaves)
-        moved, edge = beyond(shift, (low, high)), deepest.optimum.at_edge or last.optimum.at_edge
-        return Verdict(
+        shift = Estimate.of(
+            (deepest.optimum.log2_lr - last.optimum.log2_lr) / octaves,
+            (deepest.optima - last.optima) / octaves,
+        )
+        moved, edge = shift.exceeds(DRIFT_LIMIT), deepest.optimum.at_edge or last.optimum.at_edge
+        return judged(
             claim,
             None if moved is None or edge else not moved,
-            f"from depth {last.scale} to {deepest.scale} log2 a moves by {shift:+.2f} "
-            f"[{low:+.2f}, {high:+.2f}] a doubling, limit ±{DRIFT_LIMIT:g}"
-            + "; at the edge of the grid"
-            * edge,
+            f"from depth {last.scale} to {deepest.scale} log2 a moves by {shift.value:+.2f} "
+            f"[{shift.low:+.2f}, {shift.high:+.2f}] a doubling, limit ±{DRIFT_LIMIT:g}"
+            + "; at the edge of the grid" * edge,
+            each,
         )
 
     def notes(self) -> list[str]:

@@ -26,9 +26,10 @@ from depthnet.optim import AdamW
 from depthnet.reproduce.curves import Curves, Measured, Results, Variant, less, moves, stays, words
 from depthnet.reproduce.study import Arrays, Findings, Job, Verdict
 from depthnet.sweep import analysis
-from depthnet.sweep.analysis import DRIFT_LIMIT, REGRET_LIMIT
+from depthnet.sweep.analysis import COST_LIMIT, DRIFT_LIMIT, Estimate
 from depthnet.sweep.optima import Slice, interval
-from depthnet.training.language import BETAS, schedule
+from depthnet.training.language import BETAS, FINAL_RATE
+from depthnet.training.schedules import schedule
 
 WARMUP = 0.1283  # of the steps; of the paper's 3900 it makes 500
 SPREAD_LIMIT = 0.05  # of the least loss: about what the axis of the paper's figure 14 covers
@@ -321,13 +322,13 @@ class Fig16(Transformers):
 
     def _costs_little(self, late: Measured) -> Verdict:
         curve = late.curves[-1]
-        low, high = interval(curve.regrets)
+        cost = Estimate.of(curve.cost, curve.costs)
         edge = curve.optimum.at_edge  # then it costs as much or more
         return Verdict(
             f"{late.variant.label}: the learning rate tuned at depth {self.base_depth} costs less than "
-            f"{100 * REGRET_LIMIT:g} % at depth {curve.scale}, {words(late.part)}",
-            True if high < REGRET_LIMIT and not edge else False if low > REGRET_LIMIT else None,
-            f"{100 * curve.relative_regret:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of the loss"
+            f"{100 * COST_LIMIT:g} % at depth {curve.scale}, {words(late.part)}",
+            True if cost.high < COST_LIMIT and not edge else False if cost.low > COST_LIMIT else None,
+            f"{analysis.percent(cost)} of the loss"
             + "; the optimum is at the edge of the grid" * edge,
         )
 
@@ -344,7 +345,7 @@ class Fig16(Transformers):
 def drifts(claim: str, each: Measured, expected: float) -> Verdict:
     """The optimum drifts by a number of octaves a doubling of depth, give or take DRIFT_LIMIT."""
     edges = [curve.scale for curve in each.curves if curve.optimum.at_edge]
-    return _drift(claim, each.transfer.drift, each.transfer.drift_interval, expected, edges)
+    return _drift(claim, each.transfer.drift, expected, edges)
 
 
 def viable(claim: str, each: Measured) -> Verdict:
@@ -358,19 +359,19 @@ def viable(claim: str, each: Measured) -> Verdict:
         for depth, own in zip(each.settings.depth, largest[:, 0], strict=True)
         if own == highest
     ]
-    return _drift(claim, slopes[0], interval(slopes[1:]), 0.0, edges)
+    return _drift(claim, Estimate.of(slopes[0], slopes[1:]), 0.0, edges)
 
 
 def _drift(
-    claim: str, drift: float, ends: tuple[float, float], expected: float, edges: list[int]
+    claim: str, drift: Estimate, expected: float, edges: list[int]
 ) -> Verdict:
-    low, high = ends
+    value, low, high = drift
     inside = expected - DRIFT_LIMIT <= low and high <= expected + DRIFT_LIMIT
     outside = high < expected - DRIFT_LIMIT or low > expected + DRIFT_LIMIT
     return Verdict(
         claim,
         False if outside else True if inside and not edges else None,
-        f"{drift:+.2f} [{low:+.2f}, {high:+.2f}] octaves a doubling of depth, expected {expected:+g}, "
+        f"{value:+.2f} [{low:+.2f}, {high:+.2f}] octaves a doubling of depth, expected {expected:+g}, "
         f"±{DRIFT_LIMIT:g}"
         + (f"; at the edge of the grid at depth {', '.join(map(str, edges))}" if edges else ""),
     )
@@ -428,7 +429,9 @@ def train_one(
         generator=torch.Generator().manual_seed(seed),
     ).to(device)
     optimizer = AdamW(model, 2**log2_lr, BETAS, weight_decay=0.0)
-    scheduler = schedule(optimizer, settings.steps, WARMUP)
+    scheduler = schedule(
+        optimizer, "cosine", settings.steps, int(WARMUP * settings.steps), FINAL_RATE
+    )
     losses = np.full(settings.steps, np.nan, np.float32)
     for step in range(settings.steps):
         batch = tokens.batch(seed, step, settings.batch, settings.context)

@@ -1,10 +1,13 @@
-"""What the curves of a sweep say: optima, shifts, regret, verdicts, and how sure they are.
+"""What the curves of a sweep say: optima, their drift, costs, verdicts, and how sure they are.
 
 A curve is the loss of one network against the learning rate, over one slice of training.  Its scale is
 the network's depth, or its width in a study of several widths and one depth.  The curves of a panel
-differ in scale only.  Intervals are of 95 %, from curves whose seeds and steps are drawn anew; where
-seeds differ more than steps do and are few, they hold the truth less often: on parabolas of known minima,
-in 74 % of the studies with two such seeds, 88 % with five, 92 % with ten.
+differ in scale only.  Optima and costs are read from bowls fitted to the curves; intervals are of 95 %,
+from curves drawn as `optima.drawn_curves` says.  How often they hold the truth is measured by
+bench/coverage.py.
+
+Three things are judged apart: whether the optimum stays, what the learning rate tuned at the base scale
+costs elsewhere, and whether networks of a greater scale are better at that learning rate.
 """
 
 from __future__ import annotations
@@ -17,14 +20,12 @@ import numpy as np
 
 from depthnet.scaling import Parametrization
 from depthnet.sweep.optima import (
-    SAMPLES,
+    Bowl,
     Optimum,
     Slice,
+    bowl,
+    drawn_curves,
     interval,
-    means,
-    minima,
-    optimum,
-    resampled,
     slice_losses,
     slices,
 )
@@ -34,9 +35,15 @@ from depthnet.sweep.study import Network, Range, SweepSettings, Trial
 # of what an exponent of the learning rate that is wrong by 1/2 makes), and if the learning rate tuned
 # at the base depth costs at most one percent of the loss at every other depth.
 DRIFT_LIMIT = 0.25
-REGRET_LIMIT = 0.01
+COST_LIMIT = 0.01
+
+# A study says nothing of transfer unless training with the best learning rate of the grid is better than
+# with the least by five times the cost that a verdict is about: else every learning rate is a good one.
+CONTRAST_LIMIT = 5 * COST_LIMIT
 
 EDGE = 0.05  # the part of a range, at either end, whose optimum may lie beyond
+
+SWEPT = {"all": "all layers", "hidden": "blocks only", "frozen": "blocks only, others frozen"}
 
 
 class Candidate(NamedTuple):
@@ -54,10 +61,11 @@ class Curve:
     log2_lr: (G,), ascending: the grid, or what a search tried. mean: (G,), over the seeds, and the minimum
         over block multipliers and weight decays; infinite if any seed diverged, NaN where no trial is
         finished. band: (2, G), the mean's interval.
-    optimum, interval: where the minimum is. best: the lowest mean.
-    regret: mean at the base scale's best learning rate, less `best`, and relative to it; NaN where that
-        learning rate was not tried.
-    optima, regrets: (samples,), the optimum and the relative regret of each curve drawn.
+    bowl: of the curve and of the curves drawn; None of a search.
+    optimum, interval: where the minimum is. best: the loss there.
+    tuned: (1 + samples,), the loss at the base scale's optimum; NaN where it is not known.
+    cost: by how much that is above `best`, as a part of it.
+    optima, costs: (samples,), of each curve drawn.
     """
 
     scale: int
@@ -65,13 +73,20 @@ class Curve:
     log2_lr: np.ndarray
     mean: np.ndarray
     band: np.ndarray
+    bowl: Bowl | None
     optimum: Optimum
     interval: tuple[float, float]
     best: float
-    regret: float
-    relative_regret: float
+    tuned: np.ndarray
+    cost: float
     optima: np.ndarray
-    regrets: np.ndarray
+    costs: np.ndarray
+
+    @property
+    def contrast(self) -> float:
+        """The loss at the least learning rate known, less `best`, as a part of it; NaN of a search."""
+        known = self.mean[~np.isnan(self.mean)]
+        return known[0] / self.best - 1 if self.bowl and math.isfinite(self.best) else math.nan
 
 
 @dataclass(frozen=True)
@@ -108,6 +123,8 @@ def panels(settings: SweepSettings) -> list[Panel]:
             key.append(f"φ = {network.activation}")
         if scale == "depth" and len(settings.width) > 1:
             key.append(f"width {network.width}")
+        if len(settings.sweep) > 1:
+            key.append(SWEPT[network.sweep])
         groups.setdefault(tuple(key), []).append(network)
     order = {network: index for index, network in enumerate(settings.networks)}
     found = [
@@ -141,11 +158,6 @@ def candidate_losses(
     return candidates, losses
 
 
-def seed_means(losses: np.ndarray) -> np.ndarray:
-    """(candidates,): over seeds and steps of (seeds, candidates, steps), as in `Curve.mean`."""
-    return means(losses, np.ones((1, len(losses), 1)))[0]
-
-
 def _profile(means: np.ndarray, column: np.ndarray, count: int) -> np.ndarray:
     """Of (..., candidates), the minima over those with the same learning rate, (..., count)."""
     points = [
@@ -164,45 +176,47 @@ def curves(trials: list[Trial], settings: SweepSettings, panel: Panel, part: Sli
     """The curves of a panel's networks that have a finished trial, in order of scale."""
     searched = isinstance(settings.log2_lr, Range)
     own, scale = by_network(trials), scale_of(settings)
-    measured = {}
+    measured: dict[int, tuple[Network, np.ndarray, np.ndarray]] = {}
     for network in panel.networks:
         if network in own:
             candidates, losses = candidate_losses(own[network], settings, part)
             tried = np.array([candidate.log2_lr for candidate in candidates])
             grid = np.unique(tried) if searched else np.array(settings.log2_lr)
-            # The first curve is that of the seeds and steps as they are; the others are drawn.
-            means = np.concatenate([seed_means(losses)[None], resampled(losses, SAMPLES, 0)])
             column = np.abs(tried[:, None] - grid).argmin(1)
-            measured[getattr(network, scale)] = network, grid, _profile(means, column, len(grid))
-    tuned = None if searched else measured.get(base_scale(settings))
+            drawn = _profile(drawn_curves(losses), column, len(grid))
+            measured[getattr(network, scale)] = network, grid, drawn
+    bowls = {} if searched else {k: bowl(grid, drawn) for k, (_, grid, drawn) in measured.items()}
+    base = bowls.get(base_scale(settings))
     found = []
-    for size, (network, grid, means) in measured.items():
-        lowest, best = _lowest(means)
-        if searched:
+    for size, (network, grid, drawn) in measured.items():
+        own_bowl = bowls.get(size)
+        if own_bowl is None:
+            lowest, best = _lowest(drawn)
             optima = np.where(np.isfinite(best), grid[lowest], np.nan)
             at_edge = _at_edge(optima[0], settings.log2_lr)
         else:
-            known = ~np.isnan(means[0])
-            # A point that one sample does not have is never lowest in it.
-            optima = minima(grid[known], np.where(np.isnan(means), np.inf, means)[:, known])
-            at_edge = optimum(grid, means[0]).at_edge
-        regrets = np.full(len(means), np.nan) if tuned is None else _regrets(tuned[2], means)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            relative = np.where(regrets == 0, 0.0, regrets / best)
+            optima, best, at_edge = own_bowl.optimum, own_bowl.best, own_bowl.at_edge
+        tuned = np.full(len(drawn), np.nan)
+        if base is not None and own_bowl is not None:
+            tuned = own_bowl.loss(base.optimum)
+        with np.errstate(invalid="ignore"):
+            # A line from point to point may pass below the bowl.
+            costs = np.where(np.isinf(best), np.nan, np.maximum(tuned / best - 1, 0.0))
         found.append(
             Curve(
                 scale=size,
                 network=network,
                 log2_lr=grid,
-                mean=means[0],
-                band=np.array([interval(point) for point in means[1:].T]).T,
+                mean=drawn[0],
+                band=np.array([interval(point) for point in drawn[1:].T]).T,
+                bowl=own_bowl,
                 optimum=Optimum(float(optima[0]), at_edge),
                 interval=interval(optima[1:]),
                 best=float(best[0]),
-                regret=float(regrets[0]),
-                relative_regret=float(relative[0]),
+                tuned=tuned,
+                cost=float(costs[0]),
                 optima=optima[1:],
-                regrets=relative[1:],
+                costs=costs[1:],
             )
         )
     return found
@@ -214,33 +228,51 @@ def _lowest(curve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return known.argmin(-1), known.min(-1)
 
 
-def _regrets(tuned: np.ndarray, curve: np.ndarray) -> np.ndarray:
-    """Loss of curves (..., G) where `tuned` is lowest, less their best; NaN where either has no best."""
-    at, best_tuned = _lowest(tuned)
-    best = _lowest(curve)[1]
-    known = np.isfinite(best_tuned) & np.isfinite(best)
-    there = np.take_along_axis(curve, at[..., None], -1)[..., 0]
-    return np.where(known, there, np.nan) - np.where(known, best, 0.0)
+class Estimate(NamedTuple):
+    """A number with its 95 % interval; NaN if not known."""
+
+    value: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+
+    @classmethod
+    def of(cls, value: float, samples: np.ndarray) -> Estimate:
+        """The interval holds the value, also where all that is drawn lies to one side of it."""
+        low, high = interval(samples)
+        return cls(float(value), min(low, float(value)), max(high, float(value)))
+
+    def exceeds(self, limit: float) -> bool | None:
+        """Whether |value| is above a limit; None if that is not known, or the interval contains it."""
+        if math.isnan(self.value):
+            return None
+        if any(self.low <= end <= self.high for end in (-limit, limit)):
+            return None
+        return abs(self.value) > limit
 
 
 @dataclass(frozen=True)
 class Verdict:
     """Whether a panel's learning rate transfers across its scales, over one slice of training.
 
-    transfers: None where that is not known: the drift's or the regret's interval contains its limit, an
-        optimum is at the edge of the grid, or trials are missing, and nothing speaks against it.
+    transfers: None where that is not known: the contrast is below its limit, the drift's or the cost's
+        interval contains its limit, an optimum is at the edge of the grid, or trials are missing, and
+        nothing speaks against it.
+    contrast: of the base scale's curve; see Curve.
     shift: octaves from the optimum of the base scale to that of the scale farthest from it.
     drift: octaves per doubling of the scale: the slope of a least-squares line through all optima.
-    worst_regret: the greatest regret over the scales, as a part of the best loss there; NaN if unknown.
+    cost: the greatest over the scales.
+    gain: the loss of the greatest scale at the learning rate tuned at the base, less the base's own, as
+        a part of that. helps: whether it is below 0; None if its interval contains 0.
     """
 
     transfers: bool | None
-    shift: float
-    shift_interval: tuple[float, float]
-    drift: float
-    drift_interval: tuple[float, float]
-    worst_regret: float
-    worst_regret_interval: tuple[float, float]
+    answer: str
+    contrast: float
+    shift: Estimate
+    drift: Estimate
+    cost: Estimate
+    gain: Estimate
+    helps: bool | None
     words: str
 
 
@@ -264,65 +296,92 @@ def verdict(found: list[Curve], settings: SweepSettings, panel: Panel) -> Verdic
         if size not in scales
     ]
     farthest = max(scales, key=lambda size: (abs(math.log(size / base)), size), default=base)
-    shift, shift_interval = math.nan, (math.nan, math.nan)
-    drift, drift_interval = math.nan, (math.nan, math.nan)
+    shift = drift = cost = gain = Estimate()
+    contrast = by_scale[base].contrast if base in by_scale else math.nan
     if base in by_scale and farthest != base:
         ends = by_scale[farthest], by_scale[base]
-        shift = ends[0].optimum.log2_lr - ends[1].optimum.log2_lr
-        shift_interval = interval(ends[0].optima - ends[1].optima)
+        shift = Estimate.of(
+            ends[0].optimum.log2_lr - ends[1].optimum.log2_lr, ends[0].optima - ends[1].optima
+        )
     if len(found) > 1:
-        drift = float(_slopes(np.array(scales), np.array([c.optimum.log2_lr for c in found])))
-        drift_interval = interval(_slopes(np.array(scales), np.array([c.optima for c in found])))
+        lines = _slopes(
+            np.array(scales), np.array([[c.optimum.log2_lr, *c.optima] for c in found])
+        )
+        drift = Estimate.of(lines[0], lines[1:])
     lost = [curve.scale for curve in found if curve.best == math.inf]
     at_edge = [curve.scale for curve in found if curve.optimum.at_edge]
     searched = isinstance(settings.log2_lr, Range)
-    measured = [curve for curve in found if not math.isnan(curve.relative_regret)]
-    untold = [] if searched else [c.scale for c in found if math.isnan(c.relative_regret)]
-    worst = max(measured, key=lambda curve: curve.relative_regret, default=None)
-    worst_regret = math.inf if lost else worst.relative_regret if worst else math.nan
-    # The worst scale need not be the same one in every sample.
-    worst_interval = (math.nan, math.nan)
-    if worst:
-        worst_interval = interval(np.fmax.reduce([curve.regrets for curve in measured]))
+    others = [curve for curve in found if curve.scale != base]
+    measured = [curve for curve in others if not math.isnan(curve.cost)]
+    untold = [] if searched else [curve.scale for curve in others if math.isnan(curve.cost)]
+    worst = max(measured, key=lambda curve: curve.cost, default=None)
+    if lost:
+        cost = Estimate(math.inf, math.inf, math.inf)
+    elif worst:
+        # The worst scale need not be the same one in every draw.
+        cost = Estimate.of(worst.cost, np.fmax.reduce([curve.costs for curve in measured]))
+    if measured and max(scales) > base:
+        with np.errstate(invalid="ignore"):
+            change = by_scale[max(scales)].tuned / by_scale[base].tuned - 1
+        gain = Estimate.of(change[0], change[1:])
+    helps = True if gain.high < 0 else False if gain.low > 0 else None
 
-    drifts = _exceeds((drift, *drift_interval), DRIFT_LIMIT)
-    costs = False
-    if worst and len(found) > 1:
-        costs = _exceeds((worst_regret, *worst_interval), REGRET_LIMIT)
-    transfers: bool | None
-    if lost or drifts or costs:
+    moves, costs = drift.exceeds(DRIFT_LIMIT), cost.exceeds(COST_LIMIT)
+    searched_only = searched and len(found) > 1  # then nothing is known of costs
+    transfers: bool | None = None
+    if contrast < CONTRAST_LIMIT:
+        answer = "no verdict"
+    elif lost or moves or costs:
         transfers, answer = False, "does not transfer"
-    elif drifts is None or costs is None or at_edge or missing or untold or len(found) == 1:
-        transfers, answer = None, "undecided"
+    elif (
+        moves is None
+        or (costs is None and not searched_only)
+        or at_edge
+        or missing
+        or untold
+        or len(found) == 1
+    ):
+        answer = "undecided"
     else:
         transfers, answer = True, "transfers"
 
     words = []
+    if contrast < CONTRAST_LIMIT:
+        words.append(
+            f"{'the learning rate' if panel.networks[0].sweep == 'all' else 'blocks'} hardly "
+            f"matter{'s' * (panel.networks[0].sweep == 'all')} here: the least learning rate of the grid "
+            f"is only {100 * contrast:.1f} % worse than the best at {scale} {base}, where "
+            f"{100 * CONTRAST_LIMIT:g} % are needed"
+        )
     if missing:
         words.append(f"no trial is finished at {scale} {_join(missing)}")
     elif len(found) == 1:
         words.append(f"one {scale} says nothing of transfer")
-    if math.isfinite(shift):
+    if math.isfinite(shift.value):
         words.append(
-            f"the optimum moves by {shift:+.2f} octaves from {scale} {base} to {farthest} "
-            f"({drift:+.2f} {_brackets(drift_interval)} per doubling of {scale}"
-            f"{_around(drifts, f'{DRIFT_LIMIT:g}')})"
+            f"the optimum moves by {shift.value:+.2f} octaves from {scale} {base} to {farthest} "
+            f"({drift.value:+.2f} [{drift.low:+.2f}, {drift.high:+.2f}] per doubling of {scale}, "
+            f"limit {DRIFT_LIMIT:g})"
         )
     if lost:
         words.append(f"every learning rate diverges at {scale} {_join(lost)}")
-    elif worst_regret == math.inf:
+    elif cost.value == math.inf:
         words.append(f"the learning rate tuned at {scale} {base} diverges at {scale} {worst.scale}")
-    elif worst and len(found) > 1:
-        low, high = (100 * end for end in worst_interval)
-        where = f" at {scale} {worst.scale}" if worst_regret else ""
+    elif worst:
         words.append(
-            f"the learning rate tuned at {scale} {base} costs at most {100 * worst_regret:.1f} % "
-            f"[{low:.1f}, {high:.1f}] of the loss{where}{_around(costs, f'{100 * REGRET_LIMIT:g} %')}"
+            f"the learning rate tuned at {scale} {base} costs {percent(cost)} of the loss at {scale} "
+            f"{worst.scale}, at most (limit {100 * COST_LIMIT:g} %)"
         )
-    elif len(found) > 1 and searched:
+    elif searched_only:
         words.append("a search does not measure what an untuned learning rate costs")
     if untold and not lost:
-        words.append(f"what it costs at {scale} {_join(untold)} is not known yet")
+        words.append(f"what it costs at {scale} {_join(untold)} is not known")
+    if math.isfinite(gain.value):
+        better = {True: "better", False: "worse"}.get(helps, "neither better nor worse")
+        words.append(
+            f"at that rate {scale} {max(scales)} is {better} than {scale} {base}: its loss is "
+            f"{100 * gain.value:+.1f} % [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+        )
     if at_edge:
         grid = "range" if searched else "grid"
         words.append(
@@ -330,39 +389,18 @@ def verdict(found: list[Curve], settings: SweepSettings, panel: Panel) -> Verdic
             "may lie beyond"
         )
     text = f"{answer}: {'; '.join(words)}"
-    return Verdict(
-        transfers,
-        shift,
-        shift_interval,
-        drift,
-        drift_interval,
-        worst_regret,
-        worst_interval,
-        text,
-    )
+    return Verdict(transfers, answer, contrast, shift, drift, cost, gain, helps, text)
 
 
-def _exceeds(estimate: tuple[float, float, float], limit: float) -> bool | None:
-    """Whether |value| of (value, low, high) is above a limit; None if the interval contains the limit."""
-    value, low, high = estimate
-    if math.isnan(value):
-        return None
-    if any(low <= end <= high for end in (-limit, limit)):
-        return None
-    return abs(value) > limit
-
-
-def _around(above: bool | None, limit: str) -> str:
-    """What to add to an interval that does not decide; see `_exceeds`."""
-    return f", an interval around the limit of {limit}" if above is None else ""
+def percent(part: Estimate) -> str:
+    """A part with its interval, as 0.4 % (0.2 to 0.6)."""
+    if not math.isfinite(part.high):
+        return f"{100 * part.value:.1f} % or more"
+    return f"{100 * part.value:.1f} % ({100 * part.low:.1f} to {100 * part.high:.1f})"
 
 
 def _join(sizes: list[int]) -> str:
     return ", ".join(map(str, sizes))
-
-
-def _brackets(ends: tuple[float, float]) -> str:
-    return f"[{ends[0]:+.2f}, {ends[1]:+.2f}]"
 
 
 def rows(trials: list[Trial], settings: SweepSettings) -> list[dict[str, Any]]:
@@ -381,6 +419,7 @@ def rows(trials: list[Trial], settings: SweepSettings) -> list[dict[str, Any]]:
                     "activation": network.activation,
                     "width": network.width,
                     "depth": network.depth,
+                    "sweep": network.sweep,
                     "log2_lr": member.log2_lr,
                     "log2_block_multiplier": member.log2_block_multiplier,
                     "weight_decay": member.weight_decay,
@@ -408,6 +447,7 @@ def summarize(trials: list[Trial], settings: SweepSettings) -> dict[str, Any]:
                 "alpha": panel.parametrization.alpha,
                 "gamma": panel.parametrization.gamma,
                 "activation": panel.networks[0].activation,
+                "sweep": panel.networks[0].sweep,
                 "widths": sorted({network.width for network in panel.networks}),
                 "depths": sorted({network.depth for network in panel.networks}),
                 "slices": {
@@ -439,22 +479,22 @@ def _slice_record(
     return {
         "steps": [part.start, part.end],
         "transfers": judged.transfers,
+        "answer": judged.answer,
         "verdict": judged.words,
-        "shift_octaves": judged.shift,
-        "shift_interval": list(judged.shift_interval),
-        "drift_octaves_per_doubling": judged.drift,
-        "drift_interval": list(judged.drift_interval),
-        "worst_relative_regret": judged.worst_regret,
-        "worst_relative_regret_interval": list(judged.worst_regret_interval),
+        "contrast": judged.contrast,
+        "shift_octaves": list(judged.shift),
+        "drift_octaves_per_doubling": list(judged.drift),
+        "cost": list(judged.cost),
+        "gain": list(judged.gain),
+        "helps": judged.helps,
         "scales": {
             str(curve.scale): {
                 "optimum_log2_lr": curve.optimum.log2_lr,
                 "optimum_interval": list(curve.interval),
                 "at_edge": curve.optimum.at_edge,
                 "best_loss": curve.best,
-                "regret": curve.regret,
-                "relative_regret": curve.relative_regret,
-                "relative_regret_interval": list(interval(curve.regrets)),
+                "tuned_loss": float(curve.tuned[0]),
+                "cost": list(Estimate.of(curve.cost, curve.costs)),
             }
             for curve in found
         },

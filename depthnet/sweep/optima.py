@@ -1,4 +1,8 @@
-"""Curves of loss against learning rate: slices of training, minima, and curves drawn anew."""
+"""Curves of loss against learning rate: slices of training, bowls fitted to them, and their noise.
+
+Losses are compared by ratios: a bowl is fitted to the logarithm of the loss, and what a learning rate
+costs is a part of the loss.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 SAMPLES = 1000  # curves drawn for an interval
-# Of a slice's steps: losses of neighboring steps are not independent, those of blocks nearly are.
+# Of one seed's slice: losses of neighboring steps are not independent, those of blocks nearly are.
 BLOCKS = 10
+BAND = 0.2  # a bowl is fitted to what is within this part of the lowest loss
+FINE = 64  # places an octave where a bowl is evaluated
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,48 @@ def final_loss(losses: np.ndarray) -> float:
     return float(slice_losses(losses[:, None], slices(len(losses))[-1])[0])
 
 
+def drawn_curves(losses: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
+    """The mean curve, then curves that it might as well have been.
+
+    They are spread around the mean as Student's t tells of as many seeds as there are, so that an
+    interval of them is honest with two seeds, and wide.  Of a single seed blocks of steps take the
+    seeds' place.  A draw weighs the seeds alike for every network and learning rate, as members of a
+    seed see the same batches: what they have in common cancels in differences.  Calls with the same seed
+    and as many seeds draw the same, too.
+
+    Args:
+        losses: (..., seeds, G, steps), of one slice: infinite if training diverged, NaN if not known.
+
+    Returns:
+        float64 (1 + samples, ..., G), the mean over the known seeds first; infinite where a loss of any
+        seed is, NaN where none is known.
+    """
+    known = ~np.isnan(losses).any(-1)
+    diverged = np.isinf(losses).any((-3, -1))
+    each = np.where(np.isfinite(losses), losses, 1.0).mean(-1, dtype=np.float64)
+    single = losses.shape[-3] == 1
+    if single:
+        blocks = np.array_split(losses, min(BLOCKS, losses.shape[-1]), -1)
+        parts = np.concatenate([block.mean(-1, dtype=np.float64) for block in blocks], -2)
+        each, known = np.where(np.isfinite(parts), parts, 1.0), np.repeat(known, len(blocks), -2)
+    count = known.sum(-2, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = (each * known).sum(-2, keepdims=True) / count
+        error = np.where(known, each / mean - 1, 0.0) / np.sqrt(count * np.maximum(count - 1, 1))
+    weights = _weights(each.shape[-2], samples, seed)
+    spread = np.tensordot(weights, error, (1, -2)).reshape(samples, *mean[..., 0, :].shape)
+    drawn = mean[..., 0, :] * np.exp(np.concatenate([np.zeros_like(spread[:1]), spread]))
+    return np.where(diverged, np.inf, drawn)
+
+
+def _weights(count: int, samples: int, seed: int) -> np.ndarray:
+    """(samples, count), such that sums of independent deviations from their mean follow Student's t."""
+    generator = np.random.default_rng(seed)
+    normal = generator.standard_normal((samples, count))
+    freedom = max(count - 1, 1)
+    return normal * np.sqrt(freedom / generator.chisquare(freedom, (samples, 1)))
+
+
 @dataclass(frozen=True)
 class Optimum:
     """The minimum of a curve: where (log2 of the learning rate), and whether the lowest point is the
@@ -50,91 +98,117 @@ class Optimum:
     at_edge: bool
 
 
-def optimum(log2_lr: np.ndarray, losses: np.ndarray) -> Optimum:
-    """The minimum of the parabola through the three lowest points of a curve.
+@dataclass(frozen=True, eq=False)
+class Bowl:
+    """What a curve is near its minimum, and each of the curves drawn with it.
 
-    It is kept within half a grid step of the lowest point, where it always is on an even grid if that
-    point lies between the other two.  At the edge of the grid, or without three finite losses that bend
-    upwards, it is the lowest point itself.  NaN if no loss is finite.
+    The log of the loss against log2 of the learning rate, as the least-squares polynomial through all points
+    around the lowest one of the first curve that are within BAND of it, and at least one on either side:
+    of degree 2 through three points, 3 through four or five, 4 through more.  Bowls are steeper where
+    training is about to diverge; on a curve in quarter octaves, whole ones that start anywhere give its
+    minimum within 0.06 octaves so, and 0.4 by a parabola.  Elsewhere it is a line from point to point.
+
+    Attributes:
+        optimum: (D,), where each curve is least within the points fitted; NaN if no loss is finite.
+        best: (D,), the loss there; infinite if none is finite.
+        at_edge: whether the first curve's lowest point is the first or last one known.
+    """
+
+    optimum: np.ndarray
+    best: np.ndarray
+    at_edge: bool
+    _log2_lr: np.ndarray  # (G,), known points
+    _curves: np.ndarray  # (D, G), logs of their losses
+    _low: float
+    _high: float
+    _polynomials: np.ndarray  # (degree + 1, D), powers of log2_lr - _low
+
+    def loss(self, log2_lr: np.ndarray | float) -> np.ndarray:
+        """(D,), of each curve at its own place (D,), or at one; infinite beside a point that diverged,
+        NaN outside what was measured."""
+        at = np.broadcast_to(np.asarray(log2_lr, float), self.optimum.shape)
+        inside = (at >= self._low) & (at <= self._high)
+        found = np.where(inside, self._polynomial(at), self._line(at))
+        return np.exp(found)
+
+    def _polynomial(self, at: np.ndarray) -> np.ndarray:
+        return np.polynomial.polynomial.polyval(at - self._low, self._polynomials, tensor=False)
+
+    def _line(self, at: np.ndarray) -> np.ndarray:
+        grid = self._log2_lr
+        after = np.clip(np.searchsorted(grid, at), 1, max(len(grid) - 1, 1))
+        if len(grid) == 1:
+            return np.where(at == grid[0], self._curves[:, 0], np.nan)
+        rows = np.arange(len(at))
+        left, right = self._curves[rows, after - 1], self._curves[rows, after]
+        part = (at - grid[after - 1]) / (grid[after] - grid[after - 1])
+        with np.errstate(invalid="ignore"):
+            line = np.where(part == 0, left, np.where(part == 1, right, left + part * (right - left)))
+        line = np.where((0 < part) & (part < 1) & (np.isinf(left) | np.isinf(right)), np.inf, line)
+        return np.where((at < grid[0]) | (at > grid[-1]), np.nan, line)
+
+
+def bowl(log2_lr: np.ndarray, curves: np.ndarray) -> Bowl:
+    """The bowls of curves whose points are the same.
 
     Args:
-        log2_lr: (G,), ascending. losses: (G,); infinite where training diverged, NaN where it is not
-            known, which is as if the grid had no such point.
+        log2_lr: (G,), ascending. curves: (D, G), losses of drawn_curves: infinite where training diverged,
+            NaN where nothing is known, which is as if the grid had no such point.
     """
-    known = ~np.isnan(losses)
-    log2_lr, losses = np.asarray(log2_lr)[known], np.asarray(losses)[known]
-    if not np.isfinite(losses).any():
-        return Optimum(math.nan, False)
-    return Optimum(float(minima(log2_lr, losses)), bool(losses.argmin() in (0, len(losses) - 1)))
+    known = ~np.isnan(curves[0])
+    grid, logs = np.asarray(log2_lr, float)[known], np.log(curves[:, known])
+    finite = np.isfinite(logs[0])
+    if not finite.any():
+        lost = np.full(len(curves), np.nan)
+        return Bowl(lost, np.full(len(curves), np.inf), False, grid, logs, 0.0, -1.0, lost[None])
+    lowest = int(logs[0].argmin())
+    low, high = _fitted(logs[0], lowest)
+    x, y = grid[low : high + 1] - grid[low], logs[:, low : high + 1]
+    degree = min(len(x) - 1, 3 if len(x) < 6 else 4)
+    polynomials = np.linalg.lstsq(np.vander(x, degree + 1, increasing=True), y.T, rcond=None)[0]
+    found = Bowl(
+        *(np.full(len(curves), np.nan) for _ in range(2)),
+        lowest in (0, len(grid) - 1),
+        grid,
+        logs,
+        grid[low],
+        grid[high],
+        polynomials,
+    )
+    fine = np.linspace(grid[low], grid[high], 1 + round(FINE * (grid[high] - grid[low])))
+    values = np.polynomial.polynomial.polyval(fine - grid[low], polynomials)  # (D, places)
+    at = values.argmin(-1)
+    optimum = _vertex(fine, values, at)
+    found.optimum[:] = optimum
+    found.best[:] = np.exp(found._polynomial(optimum))
+    return found
 
 
-def minima(log2_lr: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """`optimum` of curves (..., G) without NaN: positions (...)."""
-    count = losses.shape[-1]
-    order = np.argsort(losses, axis=-1, kind="stable")
-    lowest = order[..., 0]
-    position = log2_lr[lowest]
-    found = np.where(np.isfinite(losses.min(-1)), position, np.nan)
-    if count < 3:
-        return found
-    # Newton's form of the parabola through the three lowest points.
-    x = np.moveaxis(log2_lr[order[..., :3]], -1, 0)
-    y = np.moveaxis(np.take_along_axis(losses, order[..., :3], -1), -1, 0)
+def _fitted(logs: np.ndarray, lowest: int) -> tuple[int, int]:
+    """The first and last of the neighbors of the lowest point that a bowl is fitted to."""
+    ends = []
+    for step in (-1, 1):
+        end = lowest
+        while 0 <= end + step < len(logs) and np.isfinite(logs[end + step]):
+            near = logs[end + step] <= logs[lowest] + math.log1p(BAND)
+            if end != lowest and not near:
+                break
+            end += step
+        ends.append(end)
+    return ends[0], ends[1]
+
+
+def _vertex(fine: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The vertex of the parabola through the lowest of equidistant points and its neighbors."""
+    if len(fine) < 3:
+        return fine[at]
+    middle = np.clip(at, 1, len(fine) - 2)
+    rows, step = np.arange(len(at)), fine[1] - fine[0]
+    before, here, after = (values[rows, middle + shift] for shift in (-1, 0, 1))
+    bend = before - 2 * here + after
     with np.errstate(invalid="ignore", divide="ignore"):
-        slope = (y[1] - y[0]) / (x[1] - x[0])
-        curvature = ((y[2] - y[0]) / (x[2] - x[0]) - slope) / (x[2] - x[1])
-        vertex = (x[0] + x[1] - slope / curvature) / 2
-    inside = (lowest > 0) & (lowest < count - 1) & (curvature > 0)
-    low = (position + log2_lr[np.maximum(lowest - 1, 0)]) / 2
-    high = (position + log2_lr[np.minimum(lowest + 1, count - 1)]) / 2
-    return np.where(inside & np.isfinite(y[2]), np.clip(vertex, low, high), found)
-
-
-def bootstrap_curves(losses: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
-    """Mean curves with seeds and steps drawn anew, with replacement.
-
-    A sample draws as many seeds as there are, and for each of them as many blocks of consecutive steps
-    (about ten) as the slice has.  The draw is the same for every network and learning rate, as members
-    of a seed see the same batches: what they have in common cancels in differences.  Calls with the
-    same seed and as many seeds and steps draw the same, too.
-
-    Args:
-        losses: (..., seeds, G, steps), of one slice; steps and seeds at least 1.
-
-    Returns:
-        float64 (samples, ..., G); infinite where a loss of any seed is not finite.
-    """
-    return resampled(np.where(np.isfinite(losses), losses, np.inf), samples, seed)
-
-
-def resampled(losses: np.ndarray, samples: int, seed: int) -> np.ndarray:
-    """`bootstrap_curves` of losses that are NaN where they are not known: a sample without any is NaN."""
-    seeds, blocks = losses.shape[-3], min(BLOCKS, losses.shape[-1])
-    generator = np.random.default_rng(seed)
-    drawn = generator.integers(seeds, size=(samples, seeds))
-    times = generator.multinomial(blocks, [1 / blocks] * blocks, size=(samples, seeds))
-    weights = np.zeros((samples, seeds, blocks))
-    np.add.at(weights, (np.arange(samples)[:, None], drawn), times)
-    return means(losses, weights)
-
-
-def means(losses: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Means (samples, ..., G) over the seeds that are known and over blocks of steps.
-
-    weights: (samples, seeds, blocks).  Where any seed is infinite, so is the mean, whatever its weight.
-    """
-    steps, blocks = losses.shape[-1], weights.shape[-1]
-    starts = np.arange(blocks) * steps // blocks
-    weights = weights * np.diff(starts, append=steps)
-    known = ~np.isnan(losses).any(-1)
-    diverged = np.isinf(losses).any((-3, -1))
-    finite = np.where(np.isfinite(losses), losses, 0.0)
-    sums = np.add.reduceat(finite, starts, -1, dtype=np.float64) / np.diff(starts, append=steps)
-    sums *= known[..., None]
-    total = np.einsum("zsb,...sgb->z...g", weights, sums, optimize=True)
-    weight = np.einsum("zs,...sg->z...g", weights.sum(-1), known.astype(float), optimize=True)
-    mean = np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
-    return np.where(diverged, np.inf, mean)
+        vertex = fine[middle] + step * (before - after) / (2 * bend)
+    return np.where((middle == at) & (bend > 0), vertex, fine[at])
 
 
 def interval(samples: np.ndarray) -> tuple[float, float]:

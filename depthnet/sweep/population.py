@@ -9,8 +9,8 @@ from depthnet.nn import ResNet
 from depthnet.optim import AdamW
 from depthnet.sweep.study import Job, SweepSettings, activation
 from depthnet.training.population import PopulationTrainer
+from depthnet.training.schedules import schedule
 
-FIXED_LOG2_LR = -7.0  # of input and output layers where only the hidden learning rate is swept
 BETAS = (0.9, 0.99)
 
 
@@ -29,6 +29,7 @@ def trainer(settings: SweepSettings, job: Job, data: Dataset) -> PopulationTrain
         activation=activation(network.activation),
         parametrization=network.parametrization,
         active_features=data.active_features,
+        output_std=settings.output_std,
         population=len(members),
         generator=[torch.Generator().manual_seed(member.seed) for member in members],
         **shape,
@@ -51,19 +52,25 @@ def trainer(settings: SweepSettings, job: Job, data: Dataset) -> PopulationTrain
     swept = torch.tensor([2.0**member.log2_lr for member in members], dtype=torch.float64)
     decay = torch.tensor([member.weight_decay for member in members], dtype=torch.float64)
     groups = model.param_groups("adamw")
+    if network.sweep == "frozen":
+        model.input.requires_grad_(False)
+        model.output.requires_grad_(False)
+        groups = [group for group in groups if group["name"] == "hidden"]
     for group in groups:
-        moves = settings.sweep == "all" or group["name"] == "hidden"
-        group["lr"] = swept if moves else 2.0**FIXED_LOG2_LR
+        moves = network.sweep == "all" or group["name"] == "hidden"
+        group["lr"] = swept if moves else 2.0**settings.outer_log2_lr
         group["weight_decay"], group["weight_decay_scale"] = (
             1.0,
             decay * group["weight_decay_scale"],
         )
+    optimizer = AdamW(groups, betas=BETAS)
     return PopulationTrainer(
         model,
-        AdamW(groups, betas=BETAS),
+        optimizer,
         data,
         [member.seed for member in members],
         settings.batch,
         settings.steps,
+        scheduler=schedule(optimizer, settings.schedule, settings.steps, settings.warmup),
         drop_diverged=True,
     )

@@ -20,8 +20,10 @@ from depthnet._checks import integer, integers, number, one_of, optional_import
 from depthnet.data import Dataset
 from depthnet.kernels import dispatch, slopes
 from depthnet.scaling import Parametrization
+from depthnet.training.schedules import SCHEDULES
 
 SAMPLERS = ("grid", "tpe")
+SWEEPS = ("all", "hidden", "frozen")
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -38,23 +40,25 @@ class Network:
     """What decides the shapes of tensors, and what the members of one population have in common.
 
     parametrization: a preset's name, or exponents "ALPHA,GAMMA". activation: a name, or slopes "P,Q".
+    sweep: whose learning rate moves, see SweepSettings.
     """
 
     parametrization: str
     activation: str
     width: int
     depth: int
+    sweep: str = "all"
 
     @property
     def name(self) -> str:
-        return f"{self.parametrization}-{self.activation}-n{self.width}-L{self.depth}"
+        return f"{self.parametrization}-{self.activation}-n{self.width}-L{self.depth}-{self.sweep}"
 
 
 @dataclass(frozen=True)
 class Member:
     """The hyperparameters of one trial, at the base shape.
 
-    log2_lr: of the blocks, or with `sweep="all"` of every layer. log2_block_multiplier: of a, the branch
+    log2_lr: of every layer, or of the blocks, as the network's `sweep` says. log2_block_multiplier: of a, the branch
     multiplier. weight_decay: of AdamW. seed: of initial weights and batches.
     """
 
@@ -111,8 +115,12 @@ class SweepSettings:
             a Range.
         seeds: every trial is repeated with the seeds 0 .. seeds-1.
         steps, batch: of training.
-        sweep: `hidden` moves the learning rate of the blocks only, input and output layers staying at
-            2^-7; `all` moves every one.
+        schedule: of the learning rates: `constant`, or `linear` or `cosine`, which fall to 0 after the last
+            step. warmup: steps in which they rise first.
+        sweep: whose learning rate moves: `all` layers'; that of the blocks only (`hidden`), input and
+            output layers having 2^outer_log2_lr; or that of the blocks, input and output layers staying
+            as they are initialized (`frozen`, which needs an output_std). Several make a panel each.
+        output_std: standard deviation of the output layer's initial weights at the base width.
         sampler: `grid` trains every combination; `tpe` searches the ranges for each network apart, with
             `trials` candidates, `round` of them at a time, each trained with every seed.
         memory: what a population may take, such as "2GiB"; it bounds the number of members.
@@ -137,7 +145,11 @@ class SweepSettings:
     seeds: int = 2
     steps: int = 300
     batch: int = 64
-    sweep: str = "hidden"
+    schedule: str = "constant"
+    warmup: int = 0
+    sweep: tuple[str, ...] = ("all",)
+    outer_log2_lr: float = -10.0
+    output_std: float = 0.0
     sampler: str = "grid"
     trials: int = 40
     round: int = 10
@@ -149,9 +161,11 @@ class SweepSettings:
             raise ValueError(f"name must be letters, digits and any of .+-_, got {self.name!r}")
         integers(self, seeds=1, batch=1, trials=1, round=1)
         integers(self, steps=5)  # the last fifth of the steps must hold one
-        for key in ("parametrization", "activation", "width", "depth"):
+        for key in ("parametrization", "activation", "width", "depth", "sweep"):
             self._set(key, _listed(key, getattr(self, key)))
-        integers(self, width=1, depth=1)
+        integers(self, width=1, depth=1, warmup=0)
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup must be less than steps, {self.steps}, got {self.warmup}")
         for value in self.parametrization:
             if not isinstance(value, str):
                 raise TypeError(f"parametrization must be a name or 'ALPHA,GAMMA', got {value!r}")
@@ -159,14 +173,25 @@ class SweepSettings:
         self._set("parametrization", names)
         for value in self.activation:
             slopes(activation(value))
-        for key in ("parametrization", "activation", "width", "depth"):
+        for key in ("parametrization", "activation", "width", "depth", "sweep"):
             _different(key, getattr(self, key))
         for key, sizes in (("base_width", self.width), ("base_depth", self.depth)):
             if getattr(self, key) is None:
                 self._set(key, min(sizes))
             integer(key, getattr(self, key), 1)
         one_of("sampler", self.sampler, SAMPLERS)
-        one_of("sweep", self.sweep, ("hidden", "all"))
+        one_of("schedule", self.schedule, SCHEDULES)
+        for each in self.sweep:
+            one_of("sweep", each, SWEEPS)
+        if not -60 <= number("outer_log2_lr", self.outer_log2_lr) <= 60:
+            raise ValueError(f"outer_log2_lr must be from -60 to 60, got {self.outer_log2_lr}")
+        if number("output_std", self.output_std) < 0:
+            raise ValueError(f"output_std must not be negative, got {self.output_std}")
+        if "frozen" in self.sweep and not self.output_std:
+            raise ValueError(
+                "output_std must be positive with sweep frozen: an output layer that stays at 0 passes "
+                "nothing on; got 0"
+            )
         if self.log2_block_multiplier is None:
             self._set("log2_block_multiplier", -0.5 * math.log2(self.base_depth))
         for key, low, high in (
@@ -197,8 +222,12 @@ class SweepSettings:
     @property
     def networks(self) -> list[Network]:
         """Every network of the study, the depths of one parametrization side by side."""
-        shapes = product(self.parametrization, self.activation, self.width, self.depth)
-        return [Network(*shape) for shape in shapes]
+        kinds = product(self.parametrization, self.activation, self.width, self.sweep)
+        return [
+            Network(parametrization, activation, width, depth, sweep)
+            for parametrization, activation, width, sweep in kinds
+            for depth in self.depth
+        ]
 
     @property
     def planned(self) -> int:

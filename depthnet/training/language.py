@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from depthnet._checks import differences, integer, integers, number, optional_import
 from depthnet._files import locked, reading, replacing
@@ -112,7 +111,9 @@ class LanguageTrainer:
         self.optimizer = AdamW(
             self.model, 2**settings.log2_lr, BETAS, weight_decay=settings.weight_decay
         )
-        self.scheduler = schedule(self.optimizer, settings.steps, settings.warmup)
+        self.scheduler = schedule(
+            self.optimizer, "cosine", settings.steps, int(settings.warmup * settings.steps), FINAL_RATE
+        )
         self.step, self.seconds = 0, 0.0
         self.validation_loss: float | None = None
 
@@ -178,17 +179,6 @@ class LanguageTrainer:
         self.scheduler.load_state_dict(state["scheduler"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.validation_loss = state["validation_loss"]
-
-
-def schedule(optimizer: AdamW, steps: int, warmup: float) -> torch.optim.lr_scheduler.LRScheduler:
-    """Rising in the part `warmup` of the steps, then falling to a tenth by half a cosine."""
-    rising = int(warmup * steps)
-    (rate,) = {group["lr"] for group in optimizer.param_groups}
-    cosine = CosineAnnealingLR(optimizer, steps - rising, eta_min=FINAL_RATE * rate)
-    if rising == 0:
-        return cosine
-    linear = LinearLR(optimizer, 1 / (rising + 1), total_iters=rising)
-    return SequentialLR(optimizer, [linear, cosine], [rising])
 
 
 def train(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.optim.lr_scheduler import LRScheduler
 
 from depthnet.data import Dataset
 from depthnet.nn import ResNet
@@ -29,6 +30,7 @@ class PopulationTrainer:
         data: where batches come from.
         seeds: the stream of batches of each member; members with equal seeds see equal batches.
         batch_size: samples a member and step. steps: the number of steps in all.
+        scheduler: of torch, over the optimizer; None keeps its learning rates.
         drop_diverged: whether a member whose loss is not finite leaves the population, without a trace
             on the others; the model then keeps the members `alive`.
 
@@ -47,13 +49,14 @@ class PopulationTrainer:
         batch_size: int,
         steps: int,
         *,
+        scheduler: LRScheduler | None = None,
         drop_diverged: bool = False,
     ):
         if model.population != len(seeds):
             raise ValueError(f"seeds must have {model.population} entries, got {len(seeds)}")
         self.model, self.optimizer, self.data = model, optimizer, data
         self.batch_size, self.steps, self.step = batch_size, steps, 0
-        self.drop_diverged = drop_diverged
+        self.scheduler, self.drop_diverged = scheduler, drop_diverged
         self.device = model.output.weight.device
         self.streams = sorted(set(seeds))
         streams = torch.tensor([self.streams.index(seed) for seed in seeds])
@@ -95,6 +98,8 @@ class PopulationTrainer:
             losses.sum().backward()
         with self._timed("optimizer"):
             self.optimizer.step()
+            if self.scheduler is not None:
+                self.scheduler.step()
         found = losses.detach().float().cpu().numpy()
         self.losses[self.step, self.alive.cpu().numpy()] = found
         self.step += 1
@@ -112,6 +117,7 @@ class PopulationTrainer:
         return {
             "model": self.model.state_dict() if len(self.alive) else {},
             "optimizer": self.optimizer.state_dict() if len(self.alive) else {},
+            "scheduler": self.scheduler.state_dict() if self.scheduler else {},
             "alive": self.alive.cpu(),
             "losses": torch.from_numpy(self.losses[: self.step].copy()),
             "seconds": dict(self.seconds),
@@ -124,6 +130,8 @@ class PopulationTrainer:
         if len(self.alive):
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
         self.step = len(state["losses"])
         self.losses[: self.step] = state["losses"].numpy()
         self.seconds = dict(state["seconds"])
