@@ -27,6 +27,7 @@ REGIMES = [
     {"sweep": "hidden", "outer_log2_lr": -9.0},
     {"sweep": "hidden", "outer_log2_lr": -10.0},
     {"sweep": "hidden", "outer_log2_lr": -11.0},
+    {"sweep": "hidden", "outer_log2_lr": -8.0, "schedule": "linear"},
     {"sweep": "hidden", "outer_log2_lr": -9.0, "schedule": "linear"},
     {"sweep": "frozen", "output_std": 1.0},
     {"sweep": "all"},

@@ -15,7 +15,8 @@ SAMPLES = 1000  # curves drawn for an interval
 # Of one seed's slice: losses of neighboring steps are not independent, those of blocks nearly are.
 BLOCKS = 10
 BAND = 0.2  # a bowl is fitted to what is within this part of the lowest loss
-FINE = 64  # places an octave where a bowl is evaluated
+SKEW = 0.9  # of a bowl, an octave; seen at the base depth of `depthnet transfer`
+SKEWS = (0.0, 0.3, 0.6, 0.9, 1.2)
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ def drawn_curves(losses: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> n
         error = np.where(known, each / mean - 1, 0.0) / np.sqrt(count * np.maximum(count - 1, 1))
     weights = _weights(each.shape[-2], samples, seed)
     spread = np.tensordot(weights, error, (1, -2)).reshape(samples, *mean[..., 0, :].shape)
-    drawn = mean[..., 0, :] * np.exp(np.concatenate([np.zeros_like(spread[:1]), spread]))
-    return np.where(diverged, np.inf, drawn)
+    # Two seeds draw factors beyond what a float holds.
+    spread = np.concatenate([np.zeros_like(spread[:1]), np.clip(spread, -50, 50)])
+    return np.where(diverged, np.inf, mean[..., 0, :] * np.exp(spread))
 
 
 def _weights(count: int, samples: int, seed: int) -> np.ndarray:
@@ -102,11 +104,12 @@ class Optimum:
 class Bowl:
     """What a curve is near its minimum, and each of the curves drawn with it.
 
-    The log of the loss against log2 of the learning rate, as the least-squares polynomial through all points
-    around the lowest one of the first curve that are within BAND of it, and at least one on either side:
-    of degree 2 through three points, 3 through four or five, 4 through more.  Bowls are steeper where
-    training is about to diverge; on a curve in quarter octaves, whole ones that start anywhere give its
-    minimum within 0.06 octaves so, and 0.4 by a parabola.  Elsewhere it is a line from point to point.
+    The log of the loss at u = log2 of the learning rate is fitted by c0 + c1 u + c2 (exp(s u) - 1 - s u) / s^2,
+    by least squares, to all points around the lowest one of the first curve that are within BAND of it, and
+    at least one on either side.  Loss grows linearly where networks learn too slowly and exponentially
+    where they are about to diverge: so the skew s is SKEW, or of five points or more that of SKEWS that fits
+    best, 0 being a parabola.  A curve measured in quarter octaves has the minimum of a half octave's grid, or
+    a whole one's, within 0.02 octaves.  Elsewhere the curve is a line from point to point.
 
     Attributes:
         optimum: (D,), where each curve is least within the points fitted; NaN if no loss is finite.
@@ -118,33 +121,29 @@ class Bowl:
     best: np.ndarray
     at_edge: bool
     _log2_lr: np.ndarray  # (G,), known points
-    _curves: np.ndarray  # (D, G), logs of their losses
-    _low: float
-    _high: float
-    _polynomials: np.ndarray  # (degree + 1, D), powers of log2_lr - _low
+    _logs: np.ndarray  # (D, G), of the losses there
+    _ends: tuple[float, float]  # of the points fitted
+    _skew: float
+    _coefficients: np.ndarray  # (3, D), with u counted from the first end
 
     def loss(self, log2_lr: np.ndarray | float) -> np.ndarray:
         """(D,), of each curve at its own place (D,), or at one; infinite beside a point that diverged,
         NaN outside what was measured."""
         at = np.broadcast_to(np.asarray(log2_lr, float), self.optimum.shape)
-        inside = (at >= self._low) & (at <= self._high)
-        found = np.where(inside, self._polynomial(at), self._line(at))
-        return np.exp(found)
-
-    def _polynomial(self, at: np.ndarray) -> np.ndarray:
-        return np.polynomial.polynomial.polyval(at - self._low, self._polynomials, tensor=False)
+        inside = (at >= self._ends[0]) & (at <= self._ends[1])
+        fitted = (_basis(at - self._ends[0], self._skew).T * self._coefficients).sum(0)
+        return np.exp(np.where(inside, fitted, self._line(at)))
 
     def _line(self, at: np.ndarray) -> np.ndarray:
-        grid = self._log2_lr
-        after = np.clip(np.searchsorted(grid, at), 1, max(len(grid) - 1, 1))
-        if len(grid) == 1:
-            return np.where(at == grid[0], self._curves[:, 0], np.nan)
+        """Logs of losses, linear from point to point."""
+        grid, logs = self._log2_lr, self._logs
+        before = np.clip(np.searchsorted(grid, at, "right") - 1, 0, len(grid) - 1)
+        after = np.minimum(before + 1, len(grid) - 1)
         rows = np.arange(len(at))
-        left, right = self._curves[rows, after - 1], self._curves[rows, after]
-        part = (at - grid[after - 1]) / (grid[after] - grid[after - 1])
-        with np.errstate(invalid="ignore"):
-            line = np.where(part == 0, left, np.where(part == 1, right, left + part * (right - left)))
-        line = np.where((0 < part) & (part < 1) & (np.isinf(left) | np.isinf(right)), np.inf, line)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            part = np.where(at == grid[before], 0.0, (at - grid[before]) / (grid[after] - grid[before]))
+            rise = np.where(part == 0, 0.0, part * (logs[rows, after] - logs[rows, before]))
+            line = np.where(np.isinf(logs[rows, before]), np.inf, logs[rows, before] + rise)
         return np.where((at < grid[0]) | (at > grid[-1]), np.nan, line)
 
 
@@ -157,31 +156,46 @@ def bowl(log2_lr: np.ndarray, curves: np.ndarray) -> Bowl:
     """
     known = ~np.isnan(curves[0])
     grid, logs = np.asarray(log2_lr, float)[known], np.log(curves[:, known])
-    finite = np.isfinite(logs[0])
-    if not finite.any():
+    if not np.isfinite(logs[:1]).any():
         lost = np.full(len(curves), np.nan)
-        return Bowl(lost, np.full(len(curves), np.inf), False, grid, logs, 0.0, -1.0, lost[None])
+        infinite = np.full(len(curves), np.inf)
+        return Bowl(lost, infinite, False, grid, logs, (0.0, 0.0), SKEW, np.tile(lost, (3, 1)))
     lowest = int(logs[0].argmin())
     low, high = _fitted(logs[0], lowest)
     x, y = grid[low : high + 1] - grid[low], logs[:, low : high + 1]
-    degree = min(len(x) - 1, 3 if len(x) < 6 else 4)
-    polynomials = np.linalg.lstsq(np.vander(x, degree + 1, increasing=True), y.T, rcond=None)[0]
-    found = Bowl(
-        *(np.full(len(curves), np.nan) for _ in range(2)),
-        lowest in (0, len(grid) - 1),
-        grid,
-        logs,
-        grid[low],
-        grid[high],
-        polynomials,
-    )
-    fine = np.linspace(grid[low], grid[high], 1 + round(FINE * (grid[high] - grid[low])))
-    values = np.polynomial.polynomial.polyval(fine - grid[low], polynomials)  # (D, places)
-    at = values.argmin(-1)
-    optimum = _vertex(fine, values, at)
-    found.optimum[:] = optimum
-    found.best[:] = np.exp(found._polynomial(optimum))
+    fits = [(*_least_squares(x, y, skew), skew) for skew in (SKEWS if len(x) > 4 else (SKEW,))]
+    _, coefficients, skew = min(fits, key=lambda fit: fit[0])
+    optimum = grid[low] + _vertex(coefficients, skew, x[-1])
+    ends = (grid[low], grid[high])
+    edge = lowest in (0, len(grid) - 1)
+    found = Bowl(optimum, optimum.copy(), edge, grid, logs, ends, skew, coefficients)
+    found.best[:] = found.loss(optimum)
     return found
+
+
+def _basis(u: np.ndarray, skew: float) -> np.ndarray:
+    """(len(u), 3): the functions that a bowl is a sum of."""
+    bend = (np.exp(skew * u) - 1 - skew * u) / skew**2 if skew else u * u / 2
+    return np.stack([np.ones_like(u), u, bend], -1)
+
+
+def _least_squares(x: np.ndarray, y: np.ndarray, skew: float) -> tuple[float, np.ndarray]:
+    """The error of the first curve's fit, and the coefficients (3, D) of all."""
+    basis = _basis(x, skew)[:, : len(x)]
+    found = np.zeros((3, len(y)))
+    found[: basis.shape[1]] = np.linalg.lstsq(basis, y.T, rcond=None)[0]
+    return float(((basis @ found[: basis.shape[1], 0] - y[0]) ** 2).sum()), found
+
+
+def _vertex(coefficients: np.ndarray, skew: float, high: float) -> np.ndarray:
+    """(D,): where bowls are least from 0 to high."""
+    _, slope, bend = coefficients
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = -slope / bend
+        vertex = np.log1p(np.maximum(skew * ratio, -1.0)) / skew if skew else ratio
+    end = _basis(np.array([high]), skew)[0, 1:]
+    falls = slope * end[0] + bend * end[1] < 0  # from one end to the other, where it bends down
+    return np.clip(np.where(bend > 0, vertex, np.where(falls, high, 0.0)), 0.0, high)
 
 
 def _fitted(logs: np.ndarray, lowest: int) -> tuple[int, int]:
@@ -196,19 +210,6 @@ def _fitted(logs: np.ndarray, lowest: int) -> tuple[int, int]:
             end += step
         ends.append(end)
     return ends[0], ends[1]
-
-
-def _vertex(fine: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """The vertex of the parabola through the lowest of equidistant points and its neighbors."""
-    if len(fine) < 3:
-        return fine[at]
-    middle = np.clip(at, 1, len(fine) - 2)
-    rows, step = np.arange(len(at)), fine[1] - fine[0]
-    before, here, after = (values[rows, middle + shift] for shift in (-1, 0, 1))
-    bend = before - 2 * here + after
-    with np.errstate(invalid="ignore", divide="ignore"):
-        vertex = fine[middle] + step * (before - after) / (2 * bend)
-    return np.where((middle == at) & (bend > 0), vertex, fine[at])
 
 
 def interval(samples: np.ndarray) -> tuple[float, float]:
