@@ -24,7 +24,10 @@ SEVERAL = {
     "activation": (str, "identity, relu, abs, leaky_relu, or slopes as P,Q"),
     "width": (int, "numbers of features"),
     "depth": (int, "numbers of blocks"),
-    "sweep": (str, "whose learning rate moves: all, hidden (the blocks) or frozen (the others frozen)"),
+    "sweep": (
+        str,
+        "whose learning rate moves: all, hidden (the blocks) or frozen (the others frozen)",
+    ),
 }
 NUMBERS = {
     "log2_lr": "of the learning rate",

@@ -74,7 +74,11 @@ def curves_figure(drawn: list[Curves], settings: SweepSettings):
     axes = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     for axis, each in zip(axes, drawn, strict=False):
         draw_curves(axis, each, settings)
-        lines = [exponents(each.panel), ", ".join(each.panel.details), judged(each.verdict, settings)]
+        lines = [
+            exponents(each.panel),
+            ", ".join(each.panel.details),
+            judged(each.verdict, settings),
+        ]
         axis.set_title("\n".join(filter(None, lines)), fontsize=11, parse_math=False)
     for axis in axes[len(drawn) :]:
         axis.set_visible(False)
@@ -328,9 +332,7 @@ def judged(verdict: Verdict, settings: SweepSettings) -> str:
     if len(getattr(settings, scale)) == 1:
         return ""
     helps = {True: f"{scale} helps", False: f"{scale} hurts"}.get(verdict.helps)
-    return "  ".join(
-        [f"{SIGNS[verdict.answer]} {verdict.answer}", *([helps] if helps else [])]
-    )
+    return "  ".join([f"{SIGNS[verdict.answer]} {verdict.answer}", *([helps] if helps else [])])
 
 
 def title(panel: Panel) -> str:

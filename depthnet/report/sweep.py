@@ -106,7 +106,9 @@ def headline(found: dict[str, Any]) -> str:
             f", where {scale} {farthest} is {abs(100 * gain.value):.1f} % "
             f"{'better' if last[0]['helps'] else 'worse'} than {scale} {base}"
         )
-    worst = max(range(len(costs)), key=lambda i: -1 if math.isnan(costs[i].value) else costs[i].value)
+    worst = max(
+        range(len(costs)), key=lambda i: -1 if math.isnan(costs[i].value) else costs[i].value
+    )
     if worst != 0:
         sentence += f"; {names[worst]} it {_costs(costs[worst])}"
     return f"{sentence}."
@@ -122,7 +124,9 @@ def _costs(cost: analysis.Estimate) -> str:
         return "has a cost that is not known"
     if math.isinf(cost.value):
         return "diverges"
-    return f"costs {100 * cost.value:.0f} %" if cost.value > 0.5 else f"costs {analysis.percent(cost)}"
+    return (
+        f"costs {100 * cost.value:.0f} %" if cost.value > 0.5 else f"costs {analysis.percent(cost)}"
+    )
 
 
 def table(summary: dict[str, Any]):

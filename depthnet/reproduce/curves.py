@@ -271,9 +271,7 @@ class Curves(DataStudy):
         (panel,) = analysis.panels(settings)
         curves = analysis.curves(trials, settings, panel, part)
         transfer = analysis.verdict(curves, settings, panel)
-        return Measured(
-            variant, part, settings, curves, np.stack(planes), np.stack(best), transfer
-        )
+        return Measured(variant, part, settings, curves, np.stack(planes), np.stack(best), transfer)
 
     def findings(self, results: Results) -> Findings:
         found = {

@@ -254,7 +254,8 @@ class Fig13(Curves):
             None if moved is None or edge else not moved,
             f"from depth {last.scale} to {deepest.scale} log2 a moves by {shift.value:+.2f} "
             f"[{shift.low:+.2f}, {shift.high:+.2f}] a doubling, limit ±{DRIFT_LIMIT:g}"
-            + "; at the edge of the grid" * edge,
+            + "; at the edge of the grid"
+            * edge,
             each,
         )
 

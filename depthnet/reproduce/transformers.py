@@ -327,7 +327,11 @@ class Fig16(Transformers):
         return Verdict(
             f"{late.variant.label}: the learning rate tuned at depth {self.base_depth} costs less than "
             f"{100 * COST_LIMIT:g} % at depth {curve.scale}, {words(late.part)}",
-            True if cost.high < COST_LIMIT and not edge else False if cost.low > COST_LIMIT else None,
+            True
+            if cost.high < COST_LIMIT and not edge
+            else False
+            if cost.low > COST_LIMIT
+            else None,
             f"{analysis.percent(cost)} of the loss"
             + "; the optimum is at the edge of the grid" * edge,
         )
@@ -362,9 +366,7 @@ def viable(claim: str, each: Measured) -> Verdict:
     return _drift(claim, Estimate.of(slopes[0], slopes[1:]), 0.0, edges)
 
 
-def _drift(
-    claim: str, drift: Estimate, expected: float, edges: list[int]
-) -> Verdict:
+def _drift(claim: str, drift: Estimate, expected: float, edges: list[int]) -> Verdict:
     value, low, high = drift
     inside = expected - DRIFT_LIMIT <= low and high <= expected + DRIFT_LIMIT
     outside = high < expected - DRIFT_LIMIT or low > expected + DRIFT_LIMIT

@@ -304,9 +304,7 @@ def verdict(found: list[Curve], settings: SweepSettings, panel: Panel) -> Verdic
             ends[0].optimum.log2_lr - ends[1].optimum.log2_lr, ends[0].optima - ends[1].optima
         )
     if len(found) > 1:
-        lines = _slopes(
-            np.array(scales), np.array([[c.optimum.log2_lr, *c.optima] for c in found])
-        )
+        lines = _slopes(np.array(scales), np.array([[c.optimum.log2_lr, *c.optima] for c in found]))
         drift = Estimate.of(lines[0], lines[1:])
     lost = [curve.scale for curve in found if curve.best == math.inf]
     at_edge = [curve.scale for curve in found if curve.optimum.at_edge]

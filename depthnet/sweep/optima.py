@@ -104,12 +104,12 @@ class Optimum:
 class Bowl:
     """What a curve is near its minimum, and each of the curves drawn with it.
 
-    The log of the loss at u = log2 of the learning rate is fitted by c0 + c1 u + c2 (exp(s u) - 1 - s u) / s^2,
-    by least squares, to all points around the lowest one of the first curve that are within BAND of it, and
-    at least one on either side.  Loss grows linearly where networks learn too slowly and exponentially
-    where they are about to diverge: so the skew s is SKEW, or of five points or more that of SKEWS that fits
-    best, 0 being a parabola.  A curve measured in quarter octaves has the minimum of a half octave's grid, or
-    a whole one's, within 0.02 octaves.  Elsewhere the curve is a line from point to point.
+    The log of the loss at u, log2 of the learning rate, is c0 + c1 u + c2 (exp(s u) - 1 - s u) / s^2: the
+    least-squares fit to all points around the lowest one of the first curve that are within BAND of it,
+    and at least one on either side.  Loss grows linearly where networks learn too slowly and
+    exponentially where they are about to diverge.  The skew s is SKEW, or of five points or more that of
+    SKEWS that fits best; 0 makes a parabola.  On a curve measured in quarter octaves, grids of half and
+    of whole octaves have the same minimum within 0.02.  Elsewhere the curve is a line from point to point.
 
     Attributes:
         optimum: (D,), where each curve is least within the points fitted; NaN if no loss is finite.
@@ -141,7 +141,9 @@ class Bowl:
         after = np.minimum(before + 1, len(grid) - 1)
         rows = np.arange(len(at))
         with np.errstate(invalid="ignore", divide="ignore"):
-            part = np.where(at == grid[before], 0.0, (at - grid[before]) / (grid[after] - grid[before]))
+            part = np.where(
+                at == grid[before], 0.0, (at - grid[before]) / (grid[after] - grid[before])
+            )
             rise = np.where(part == 0, 0.0, part * (logs[rows, after] - logs[rows, before]))
             line = np.where(np.isinf(logs[rows, before]), np.inf, logs[rows, before] + rise)
         return np.where((at < grid[0]) | (at > grid[-1]), np.nan, line)

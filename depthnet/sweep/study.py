@@ -58,8 +58,8 @@ class Network:
 class Member:
     """The hyperparameters of one trial, at the base shape.
 
-    log2_lr: of every layer, or of the blocks, as the network's `sweep` says. log2_block_multiplier: of a, the branch
-    multiplier. weight_decay: of AdamW. seed: of initial weights and batches.
+    log2_lr: of every layer, or of the blocks, as the network's `sweep` says. log2_block_multiplier: of
+    a, the branch multiplier. weight_decay: of AdamW. seed: of initial weights and batches.
     """
 
     log2_lr: float
@@ -115,8 +115,8 @@ class SweepSettings:
             a Range.
         seeds: every trial is repeated with the seeds 0 .. seeds-1.
         steps, batch: of training.
-        schedule: of the learning rates: `constant`, or `linear` or `cosine`, which fall to 0 after the last
-            step. warmup: steps in which they rise first.
+        schedule: of the learning rates: `constant`, or `linear` or `cosine`, which fall to 0 after the
+            last step. warmup: steps in which they rise first.
         sweep: whose learning rate moves: `all` layers'; that of the blocks only (`hidden`), input and
             output layers having 2^outer_log2_lr; or that of the blocks, input and output layers staying
             as they are initialized (`frozen`, which needs an output_std). Several make a panel each.

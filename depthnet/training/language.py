@@ -23,6 +23,7 @@ from depthnet.data.tokens import Codec, Tokens, codec, decode_stream
 from depthnet.nn import Transformer
 from depthnet.nn.generation import sample
 from depthnet.optim import AdamW
+from depthnet.training.schedules import schedule
 
 CHECKPOINT_SECONDS = 30.0
 BETAS = (0.9, 0.95)
@@ -112,7 +113,11 @@ class LanguageTrainer:
             self.model, 2**settings.log2_lr, BETAS, weight_decay=settings.weight_decay
         )
         self.scheduler = schedule(
-            self.optimizer, "cosine", settings.steps, int(settings.warmup * settings.steps), FINAL_RATE
+            self.optimizer,
+            "cosine",
+            settings.steps,
+            int(settings.warmup * settings.steps),
+            FINAL_RATE,
         )
         self.step, self.seconds = 0, 0.0
         self.validation_loss: float | None = None
