@@ -29,7 +29,7 @@ from depthnet.diagnostics.fits import Interval
 from depthnet.report.machine import machine
 from depthnet.sweep.optima import Bowl, bowl, drawn_curves, extrapolated, interval
 from depthnet.training.memory import keep_freed_memory
-from depthnet.tuning import TuningWarning
+from depthnet.tuning import INTERVAL_LIMIT, TuningWarning
 
 FILE = "extrapolation.csv"
 DATA = ("text", "digits", "teacher")
@@ -107,7 +107,7 @@ def regrets(deep: Bowl, log2_lr: np.ndarray | float) -> np.ndarray:
 
 
 def report(found: dict[Case, Bowl]) -> None:
-    rows, gains, held, less = [], [], [], []
+    rows, gains, held, known = [], [], [], []
     for (data, width, depth), deep in found.items():
         if depth not in DEEP:
             continue
@@ -116,29 +116,30 @@ def report(found: dict[Case, Bowl]) -> None:
         told = Interval(*extrapolated(SHALLOW, optima, depth))
         plain = [regrets(deep, each.optimum[0])[0] for each in shallow]
         regret = regrets(deep, told.value)[0]
-        possible = not any(each.at_edge for each in shallow)
-        less.append(possible and regret < plain[-1])
-        held.append(told.low <= deep.optimum[0] <= told.high)
-        gains.append(plain[-1] - regret)
         best = Interval(deep.optimum[0], *interval(deep.optimum[1:]))
-        edge = "" if possible and not deep.at_edge else " (edge)"
+        known.append(told.high - told.low <= INTERVAL_LIMIT)
+        held.append(told.low <= best.value <= told.high)
+        # A grid that does not hold the optima tells of nothing, and counts against extrapolation.
+        at_edge = any(each.at_edge for each in (*shallow, deep))
+        gains.append(-np.inf if at_edge else plain[-1] - regret)
+        marks = " (edge)" * at_edge + " (too wide)" * (not known[-1])
         percents = (f"{100 * each:.2f}" for each in (*plain, regret))
-        optimum = (f"{each.optimum[0]:+.2f}" for each in shallow)
-        rows.append((data, width, depth, *optimum, told, f"{best}{edge}", *percents))
+        rows.append((data, width, depth, f"{told}{marks}", best, *percents))
     header = (
-        *("data", "width", "depth"),
-        *(f"optimum at {each}" for each in SHALLOW),
-        *("extrapolated", "measured"),
+        *("data", "width", "depth", "extrapolated", "measured"),
         *(f"regret from {each}, %" for each in SHALLOW),
         "extrapolated, %",
     )
     for row in (header, ["---"] * len(header), *rows):
         print(f"| {' | '.join(map(str, row))} |")
-    cases = len(rows)
-    print(f"\nregret less than from depth {SHALLOW[-1]}: {sum(less)} of {cases}")
-    print(f"mean gain: {100 * np.mean(gains):+.2f} % of the loss")
-    print(f"intervals that hold the measured optimum: {sum(held)} of {cases}")
-    print(f"extrapolation {'helps' if 2 * sum(less) > cases else 'does not help'}")
+    gains, held, known = map(np.array, (gains, held, known))
+    for name, part in (("all", np.full(len(rows), True)), ("not too wide", known)):
+        print(
+            f"\n{name}: regret less than from depth {SHALLOW[-1]} in {(gains[part] > 0).sum()} of "
+            f"{part.sum()} cases, by {100 * gains[part].mean():+.2f} % of the loss in the mean; "
+            f"{held[part].sum()} intervals hold the measured optimum"
+        )
+    print(f"extrapolation {'helps' if 2 * (gains > 0).sum() > len(rows) else 'does not help'}")
 
 
 def main() -> None:
