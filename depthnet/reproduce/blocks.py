@@ -28,6 +28,7 @@ class Fig4(Curves):
 
     depths: tuple[int, ...] = (4, 16, 64)
     log2_lr: tuple[float, float] = (-10.0, -5.0)
+    lr_step: float = 1.0
     log2_a: tuple[float, ...] = (-5.5, -4.5, -3.5, -2.5, -1.5, -0.5)
 
     @classmethod
@@ -159,6 +160,7 @@ class Fig7(Curves):
 
     depths: tuple[int, ...] = (4, 16, 64)
     log2_lr: tuple[float, float] = (-12.0, -5.0)
+    lr_step: float = 1.0
     log2_a: tuple[float, ...] = (-5.0, -4.0, -3.0, -2.0, -1.0)
 
     @classmethod

@@ -108,10 +108,10 @@ class Curves(DataStudy):
     data: str = "text"
     data_dir: str | None = None
     width: int = 64
-    depths: tuple[int, ...] = (8, 32, 128, 256)
+    depths: tuple[int, ...] = (8, 32, 128)
     base_depth: int = 8
-    log2_lr: tuple[float, float] = (-11.0, -5.0)
-    lr_step: float = 1.0
+    log2_lr: tuple[float, float] = (-10.0, -5.0)
+    lr_step: float = 0.5
     log2_a: tuple[float, ...] = (-1.5,)
     seeds: int = 5
     steps: int = 200

@@ -32,12 +32,10 @@ class Fig10(Curves):
         return {**super().full(), "log2_lr": (-12.0, -6.0), "log2_a": (1.0,)}
 
     def variants(self) -> list[Variant]:
-        wide = self.rates(lower=4)  # where the optimum falls fast with depth
+        wide = self.rates(lower=3)  # where the optimum falls fast with depth
         return [
             Variant("depth_mup", "Depth-μP", self.rates(), self.log2_a),
-            Variant(
-                "half_zero", exponents("half_zero"), self.rates(lower=1), self.log2_a, "half_zero"
-            ),
+            Variant("half_zero", exponents("half_zero"), self.rates(), self.log2_a, "half_zero"),
             Variant("mup", exponents("mup"), wide, self.log2_a, "mup"),
         ]
 
@@ -113,6 +111,7 @@ class Fig3(Curves):
     data: str = "digits"
     depths: tuple[int, ...] = (16, 64, 256)
     log2_lr: tuple[float, float] = (-12.0, -4.0)
+    lr_step: float = 1.0
 
     @classmethod
     def full(cls) -> dict[str, Any]:
@@ -152,7 +151,7 @@ class Fig2(Curves):
 
     def variants(self) -> list[Variant]:
         return [
-            Variant("before", "W φ(x)", self.rates(lower=1), self.log2_a, activate="before"),
+            Variant("before", "W φ(x)", self.rates(), self.log2_a, activate="before"),
             Variant("after", "φ(W x)", self.rates(), self.log2_a),
         ]
 
@@ -188,7 +187,7 @@ class Fig11(Curves):
         return {**super().full(), **changes}
 
     def variants(self) -> list[Variant]:
-        grid = self.rates(higher=1)
+        grid = self.rates()
         return [
             Variant("ode", exponents("ode"), grid, self.log2_a, "ode"),
             Variant("depth_mup", "Depth-μP", grid, self.log2_a),
@@ -230,7 +229,7 @@ class Fig12(Curves):
         half = Variant(
             "half_zero",
             exponents("half_zero"),
-            self.rates(lower=1),
+            self.rates(),
             self.log2_a,
             "half_zero",
             **blocks,
