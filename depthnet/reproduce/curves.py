@@ -104,6 +104,7 @@ class Curves(DataStudy):
 
     claim: ClassVar[str]  # the title of the picture
     along: ClassVar[str] = "log2_lr"  # the axis of curves: log2_lr or log2_a
+    quick: ClassVar[dict[str, Any]] = {"depths": (8, 32), "seeds": 2, "steps": 60, "lr_step": 1.0}
 
     data: str = "text"
     data_dir: str | None = None

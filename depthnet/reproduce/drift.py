@@ -75,6 +75,15 @@ class Drift(DataStudy):
 
     name: ClassVar[str] = "drift"
     title: ClassVar[str] = "Why the best learning rate moves with depth under Depth-muP"
+    quick: ClassVar[dict[str, Any]] = {
+        "depths": (8, 16, 32),
+        "widest_depth": 16,
+        "shared_depth": 32,
+        "widths": (32,),
+        "lengths": (50,),
+        "steps": 100,
+        "seeds": 2,
+    }
 
     data: str = "text"
     data_dir: str | None = None
@@ -206,7 +215,8 @@ class Drift(DataStudy):
                 True if change.high < 0 else False if change.low > 0 else None,
                 f"{_words(early)} octaves a doubling from depth {depths[0]} to {middle}, {_words(late)} "
                 f"from {middle} to {depths[-1]}; as x - b L^-p, p is "
-                f"{_words(Estimate.of(power[0], power[1:]))} and {_words(Estimate.of(left[0], left[1:]))} octaves are left beyond depth {depths[-1]}",
+                f"{_words(Estimate.of(power[0], power[1:]))} and "
+                f"{_words(Estimate.of(left[0], left[1:]))} octaves are left beyond depth {depths[-1]}",
             )
         ]
         widths = sorted(
