@@ -352,7 +352,7 @@ class Curves(DataStudy):
             low, high = _range(measured)
             for column, each in enumerate(measured):
                 axis = axes[0, row] if single else axes[row, column]
-                drawn = figures.Curves(None, each.curves, low, high)
+                drawn = figures.Curves(None, each.curves, each.transfer, low, high)
                 figures.draw_curves(axis, drawn, each.settings)
                 axis.set_title(f"{each.variant.label}\n{words(part)}", fontsize=10)
             if not single:
