@@ -25,9 +25,11 @@ class Fig4(Curves):
     title: ClassVar[str] = "Blocks of one and of two layers at equal depth, relu (figure 4)"
     claim: ClassVar[str] = "Blocks of one layer or of two, of as many layers in all?"
     kind: ClassVar[dict[str, Any]] = {}
+    quick: ClassVar[dict[str, Any]] = {"depths": (4, 16), "seeds": 2, "steps": 40}
 
     depths: tuple[int, ...] = (4, 16, 64)
-    log2_lr: tuple[float, float] = (-10.0, -4.0)
+    log2_lr: tuple[float, float] = (-10.0, -5.0)
+    lr_step: float = 1.0
     log2_a: tuple[float, ...] = (-5.5, -4.5, -3.5, -2.5, -1.5, -0.5)
 
     @classmethod
@@ -91,9 +93,7 @@ class Fig6(Curves):
     )
     shared: ClassVar[str] = "blocks-of-two"
 
-    depths: tuple[int, ...] = (8, 16, 32, 64, 128)
     log2_a: tuple[float, ...] = (-2.0, -3.0)  # of relu, of |x| with pre-LN
-    seeds: int = 8
 
     def __post_init__(self) -> None:
         if len(self.log2_a) != 2:
@@ -158,9 +158,11 @@ class Fig7(Curves):
     claim: ClassVar[str] = (
         "Which learning rates and multipliers go together, with two layers a block?"
     )
+    quick: ClassVar[dict[str, Any]] = {"depths": (4, 16), "seeds": 2, "steps": 60}
 
     depths: tuple[int, ...] = (4, 16, 64)
-    log2_lr: tuple[float, float] = (-12.0, -4.0)
+    log2_lr: tuple[float, float] = (-12.0, -5.0)
+    lr_step: float = 1.0
     log2_a: tuple[float, ...] = (-5.0, -4.0, -3.0, -2.0, -1.0)
 
     @classmethod
@@ -269,7 +271,6 @@ class Line(Curves):
     )
 
     log2_a: tuple[float, ...] = (-3.0,)
-    seeds: int = 8
 
     @classmethod
     def full(cls) -> dict[str, Any]:

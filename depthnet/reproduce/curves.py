@@ -104,18 +104,19 @@ class Curves(DataStudy):
 
     claim: ClassVar[str]  # the title of the picture
     along: ClassVar[str] = "log2_lr"  # the axis of curves: log2_lr or log2_a
+    quick: ClassVar[dict[str, Any]] = {"depths": (8, 32), "seeds": 2, "steps": 60, "lr_step": 1.0}
 
     data: str = "text"
     data_dir: str | None = None
     width: int = 64
-    depths: tuple[int, ...] = (8, 16, 32, 64, 128)
+    depths: tuple[int, ...] = (8, 32, 128)
     base_depth: int = 8
-    log2_lr: tuple[float, float] = (-11.0, -4.0)
-    lr_step: float = 1.0
+    log2_lr: tuple[float, float] = (-10.0, -5.0)
+    lr_step: float = 0.5
     log2_a: tuple[float, ...] = (-1.5,)
-    seeds: int = 3
-    steps: int = 500
-    batch: int = 32
+    seeds: int = 5
+    steps: int = 200
+    batch: int = 64
     sweep: str = "all"
     outer_log2_lr: float = -10.0
     output_std: float = 0.0
@@ -351,7 +352,7 @@ class Curves(DataStudy):
             low, high = _range(measured)
             for column, each in enumerate(measured):
                 axis = axes[0, row] if single else axes[row, column]
-                drawn = figures.Curves(None, each.curves, low, high)
+                drawn = figures.Curves(None, each.curves, each.transfer, low, high)
                 figures.draw_curves(axis, drawn, each.settings)
                 axis.set_title(f"{each.variant.label}\n{words(part)}", fontsize=10)
             if not single:

@@ -62,6 +62,7 @@ class Family(DataStudy):
 
     name: ClassVar[str] = "family"
     title: ClassVar[str] = "Activations from identity to |h|: diversity of gradients, training loss"
+    quick: ClassVar[dict[str, Any]] = {"angles": (-45.0, 0.0, 45.0), "depth": 32, "steps": 100}
 
     data: str = "text"
     data_dir: str | None = None

@@ -61,6 +61,13 @@ class Transformers(Curves):
     """
 
     shared: ClassVar[str] = "transformers"
+    quick: ClassVar[dict[str, Any]] = {
+        "depths": (2, 4),
+        "log2_lr": (-8.0, -6.0),
+        "multipliers": (-3.0, -1.0),
+        "seeds": 1,
+        "steps": 60,
+    }
     shown: ClassVar[tuple[str, ...]]  # the parts of training that a study is about
 
     width: int = 32

@@ -374,7 +374,7 @@ def verdict(found: list[Curve], settings: SweepSettings, panel: Panel) -> Verdic
         words.append("a search does not measure what an untuned learning rate costs")
     if untold and not lost:
         words.append(f"what it costs at {scale} {_join(untold)} is not known")
-    if math.isfinite(gain.value):
+    if gain.high < 10:
         better = {True: "better", False: "worse"}.get(helps, "neither better nor worse")
         words.append(
             f"at that rate {scale} {max(scales)} is {better} than {scale} {base}: its loss is "
@@ -384,16 +384,16 @@ def verdict(found: list[Curve], settings: SweepSettings, panel: Panel) -> Verdic
         grid = "range" if searched else "grid"
         words.append(
             f"at {scale} {_join(at_edge)} the lowest point is at the edge of the {grid} and the optimum "
-            "may lie beyond"
+            "may lie beyond, so that a wider one is needed to tell"
         )
     text = f"{answer}: {'; '.join(words)}"
     return Verdict(transfers, answer, contrast, shift, drift, cost, gain, helps, text)
 
 
 def percent(part: Estimate) -> str:
-    """A part with its interval, as 0.4 % (0.2 to 0.6)."""
-    if not math.isfinite(part.high):
-        return f"{100 * part.value:.1f} % or more"
+    """A part with its interval, as 0.4 % (0.2 to 0.6); what is huge is only called so."""
+    if part.high > 10:
+        return "more than 1000 %" if part.low > 10 else f"{100 * part.low:.1f} % or more"
     return f"{100 * part.value:.1f} % ({100 * part.low:.1f} to {100 * part.high:.1f})"
 
 
