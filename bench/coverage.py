@@ -1,10 +1,11 @@
 """How often the intervals of a sweep hold the truth, on curves like those seen, whose truth is known.
 
-A study has depths 8, 32 and 128 and a grid of whole octaves. The log of the loss, u octaves from the optimum,
-is 0.142 (exp(s u) - 1 - s u) / s^2 and noise: with s = 0.9 what `depthnet transfer` measures at depth 8. Optima
-drift by 0.1 octaves a doubling of depth. Seeds differ in their level (2 %) and in where their optimum is: all
-their depths by `common` octaves, each depth by `own`; each trial has noise of 0.3 %. What is counted: the
-intervals that hold the base's optimum, the drift, and the cost at depth 128 (bench/results/coverage.csv).
+A study has depths 8, 32 and 128 and a grid of whole octaves. The log of the loss, u octaves from the
+optimum, is 0.142 (exp(s u) - 1 - s u) / s^2 and noise: with s = 0.9 what `depthnet transfer` measures at
+depth 8. Optima drift by 0.1 octaves a doubling of depth. Seeds differ in their level (2 %) and in where
+their optimum is: all their depths by `common` octaves, each depth by `own`; each trial has noise of 0.3 %.
+What is counted: the intervals that hold the base's optimum, the drift, and the cost at depth 128
+(bench/results/coverage.csv).
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def _rule(settings: SweepSettings) -> str:
         rule += (
             f", and if the one tuned at {scale} {analysis.base_scale(settings)} costs at most "
             f"{100 * analysis.COST_LIMIT:g} % of the loss at any other. There is no verdict where the "
-            f"best learning rate is not {100 * analysis.CONTRAST_LIMIT:g} % better than the least of the grid"
+            f"best learning rate is not {100 * analysis.CONTRAST_LIMIT:g} % better than the grid's least"
         )
     return f"{rule}."
 

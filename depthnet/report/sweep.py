@@ -84,11 +84,12 @@ def headline(found: dict[str, Any]) -> str:
     """
     scale, base = found["scale"], found["base"]
     last = [list(panel["slices"].values())[-1] for panel in found["panels"]]
-    sizes = [int(size) for size in last[0]["scales"]]
-    if not sizes or (farthest := max(sizes)) <= base:
+    others = {int(size) for size in last[0]["scales"]} - {base}
+    if not others:
         return f"Nothing is known yet of networks of more than one {scale}."
     if last[0]["answer"] == "no verdict":
         return f"{last[0]['verdict'].partition(': ')[2].partition(';')[0].capitalize()}."
+    farthest = max(others) if max(others) > base else min(others)
     costs = [
         analysis.Estimate(*part["scales"][str(farthest)]["cost"])
         if str(farthest) in part["scales"]

@@ -23,7 +23,17 @@ from depthnet import data
 from depthnet._checks import integers, number, optional_import
 from depthnet.nn import Transformer
 from depthnet.optim import AdamW
-from depthnet.reproduce.curves import Curves, Measured, Results, Variant, less, moves, stays, words
+from depthnet.reproduce.curves import (
+    Curves,
+    Measured,
+    Results,
+    Variant,
+    judged,
+    less,
+    moves,
+    stays,
+    words,
+)
 from depthnet.reproduce.study import Arrays, Findings, Job, Verdict
 from depthnet.sweep import analysis
 from depthnet.sweep.analysis import COST_LIMIT, DRIFT_LIMIT, Estimate
@@ -324,7 +334,7 @@ class Fig16(Transformers):
         curve = late.curves[-1]
         cost = Estimate.of(curve.cost, curve.costs)
         edge = curve.optimum.at_edge  # then it costs as much or more
-        return Verdict(
+        return judged(
             f"{late.variant.label}: the learning rate tuned at depth {self.base_depth} costs less than "
             f"{100 * COST_LIMIT:g} % at depth {curve.scale}, {words(late.part)}",
             True
@@ -334,6 +344,7 @@ class Fig16(Transformers):
             else None,
             f"{analysis.percent(cost)} of the loss"
             + "; the optimum is at the edge of the grid" * edge,
+            late,
         )
 
     def notes(self) -> list[str]:
@@ -349,7 +360,8 @@ class Fig16(Transformers):
 def drifts(claim: str, each: Measured, expected: float) -> Verdict:
     """The optimum drifts by a number of octaves a doubling of depth, give or take DRIFT_LIMIT."""
     edges = [curve.scale for curve in each.curves if curve.optimum.at_edge]
-    return _drift(claim, each.transfer.drift, expected, edges)
+    found = _drift(claim, each.transfer.drift, expected, edges)
+    return judged(claim, found.holds, found.words, each)
 
 
 def viable(claim: str, each: Measured) -> Verdict:

@@ -201,7 +201,7 @@ def curves(trials: list[Trial], settings: SweepSettings, panel: Panel, part: Sli
             tuned = own_bowl.loss(base.optimum)
         with np.errstate(invalid="ignore"):
             # A line from point to point may pass below the bowl.
-            costs = np.where(np.isinf(best), np.nan, np.maximum(tuned / best - 1, 0.0))
+            costs = np.where(np.isinf(tuned), np.inf, np.maximum(tuned / best - 1, 0.0))
         found.append(
             Curve(
                 scale=size,
@@ -392,9 +392,10 @@ def verdict(found: list[Curve], settings: SweepSettings, panel: Panel) -> Verdic
 
 def percent(part: Estimate) -> str:
     """A part with its interval, as 0.4 % (0.2 to 0.6)."""
+    ends = f"{100 * part.low:.1f} to {100 * part.high:.1f}"
     if not math.isfinite(part.high):
-        return f"{100 * part.value:.1f} % or more"
-    return f"{100 * part.value:.1f} % ({100 * part.low:.1f} to {100 * part.high:.1f})"
+        ends = f"{100 * part.low:.1f} or more"
+    return f"{100 * part.value:.1f} % ({ends})"
 
 
 def _join(sizes: list[int]) -> str:
