@@ -10,7 +10,7 @@ NATIVE := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
 .PHONY: transfer test sanitize lint audit bench reproduce wheel clean
 
-transfer: $(VENV)/.run
+transfer: $(VENV)/.transfer
 	$(BIN)/depthnet transfer $(ARGS)
 
 test: $(VENV)/.dev
@@ -54,14 +54,23 @@ clean:
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
-	@echo "Installing torch and depthnet into $(VENV); a minute or two."
-	$(PIP) torch==2.13.0
+	@echo "Installing torch and depthnet into $(VENV); about two minutes."
 	touch $@
 
-$(VENV)/.run: $(VENV)/.python $(NATIVE)
-	$(PIP) --editable '.[cli,data,language,plot,report,stats,sweep]'
+# Only what `depthnet transfer` uses, so that it starts soon: no GPU kernels, torch's jinja2 for the report,
+# and bytecode of what is imported, when it is.  The kernels compile while the packages are installed.
+$(VENV)/.transfer: $(VENV)/.python $(NATIVE)
+	$(PIP) --no-compile torch==2.13.0 matplotlib optuna rich & packages=$$!; \
+	  DEPTHNET_CUDA=0 $(PIP) --no-deps --editable . && wait $$packages
 	$(BIN)/depthnet doctor
 	touch $@
+
+# It has all that .transfer has, and GPU kernels that .transfer would take away.
+$(VENV)/.run: $(VENV)/.python $(NATIVE)
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[cli,data,language,plot,report,stats,sweep]'
+	$(BIN)/depthnet doctor
+	touch $@ $(VENV)/.transfer
 
 $(VENV)/.dev: $(VENV)/.run
 	$(PIP) --editable '.[dev]'

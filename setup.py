@@ -1,9 +1,10 @@
 """Builds depthnet._C and depthnet._C_cuda from csrc/; the metadata is in pyproject.toml.
 
-The extensions take raw pointers and link no libtorch, so they build in a minute on two cores and work
-with any torch.  Each file named in PER_ISA is compiled once per instruction set; the choice between
-the copies is made at import, by CPUID.  CXX and CXXFLAGS are honoured, the latter with the last word;
-DEPTHNET_NATIVE=0 leaves the extensions out.
+The extensions take raw pointers and link no libtorch, so they build in two minutes on two cores and
+work with any torch.  Each file named in PER_ISA is compiled once per instruction set, but for
+avx512_bf16 only the file with products of bfloat16; the choice between the copies is made at import,
+by CPUID.  CXX and CXXFLAGS are honoured, the latter with the last word; DEPTHNET_NATIVE=0 leaves the
+extensions out.
 
 _C_cuda is built where nvcc is found, in CUDA_HOME, on PATH or in /usr/local/cuda, for the architectures
 in TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"); it needs no GPU and no torch with CUDA.  DEPTHNET_CUDA=0
@@ -26,9 +27,9 @@ ROOT = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 PER_ISA = [
+    "csrc/cpu/stack.cpp",  # first: it compiles the longest
     "csrc/cpu/residual.cpp",
     "csrc/cpu/residual_norm.cpp",
-    "csrc/cpu/stack.cpp",
     "csrc/cpu/transformer.cpp",
     "csrc/cpu/linear.cpp",
     "csrc/cpu/optimizer.cpp",
@@ -127,7 +128,8 @@ class BuildNative(build_ext):
         # pybind11 is a build requirement only: imported where it is needed.
         import pybind11
 
-        common = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        # Python's own flags often have -g, and describing every template takes longer than the rest.
+        common = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
         # Vectors never cross a translation unit, so their ABI does not matter; GCC 12 warns of
         # uninitialised variables inside its own AVX-512 headers (its bug 105593).
         common += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
@@ -149,9 +151,12 @@ class BuildNative(build_ext):
     def build_native(self, output):
         macros = [(f"DEPTHNET_HAVE_{name.upper()}", "1") for name in ISAS]
         compilations = []
-        for name, flags in ISAS.items():
-            isa = [("DEPTHNET_ISA", name), (f"DEPTHNET_ISA_{name.upper()}", "1")]
-            compilations += [(source, name, flags, [*macros, *isa]) for source in PER_ISA]
+        for source in PER_ISA:
+            for name, flags in reversed(ISAS.items()):
+                if name == "avx512_bf16" and source != "csrc/cpu/stack.cpp":
+                    continue  # the other kernels have no product of bfloat16: AVX-512's serve
+                isa = [("DEPTHNET_ISA", name), (f"DEPTHNET_ISA_{name.upper()}", "1")]
+                compilations.append((source, name, flags, [*macros, *isa]))
         plain = [source for source in native.sources if source not in PER_ISA]
         compilations += [(source, "plain", [], macros) for source in plain]
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -187,7 +187,7 @@ void residual_stack_forward(int dtype, int64_t members, int64_t depth, int64_t r
                            signs, inverses, block_layers, norm, activate_first, scale, scales, p, q,
                            mean_subtract);
   py::gil_scoped_release nogil;
-  stack_forward(selected->residual_stack[dtype], s, threads);
+  stack_forward(*selected->residual_stack[dtype], s, threads);
 }
 
 void residual_stack_backward(int dtype, int64_t members, int64_t depth, int64_t rows, int64_t n,
@@ -201,7 +201,7 @@ void residual_stack_backward(int dtype, int64_t members, int64_t depth, int64_t 
                      mean_subtract);
   s.weight_grad = address<void>(weight_grad), s.weight_grad_member = weight_grad_member;
   py::gil_scoped_release nogil;
-  stack_backward(selected->residual_stack[dtype], s, threads);
+  stack_backward(*selected->residual_stack[dtype], s, threads);
 }
 
 // c = a b in every member, of float (dtype 0) or double (1); see Product.

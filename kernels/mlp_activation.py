@@ -57,6 +57,8 @@ def mlp_activation(h: Tensor, kind: str) -> Tensor:
     `abs`: |h|, whose derivative at 0 is 0; `swiglu`: silu(g) u = g u / (1 + exp(-g)), with g the first
     half of the last dimension of h and u the second.  Only h is saved for the backward pass.
 
+    At infinity `gelu` and `abs` and their derivatives have their limits: gelu(-inf) is 0, its slope 0.
+
     Args:
         h: (..., m), for `swiglu` (..., 2 m); float32, float64, bfloat16 or float16.  16-bit elements are
             computed in float32 and rounded once.

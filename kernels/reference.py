@@ -22,6 +22,7 @@ from torch.nn import functional
 from depthnet.kernels.step import StepTables
 
 NORM_EPS = 1e-5  # of the norms that blocks of a stack begin with
+FAR = 40.0  # beyond it, of a normal variable: the distribution function is 0 or 1, the density 0
 
 
 class Block(NamedTuple):
@@ -185,8 +186,11 @@ def mlp_activation(h: Tensor, kind: str) -> Tensor:
     if kind == "swiglu":
         gate, up = wide.chunk(2, -1)
         y = functional.silu(gate) * up
+    elif kind == "gelu":
+        # torch's own result for what is very large depends on the processor: x, infinity or NaN.
+        y = torch.where(wide > FAR, wide, functional.gelu(wide.clamp(-FAR, FAR)))
     else:
-        y = functional.gelu(wide) if kind == "gelu" else wide.abs()
+        y = wide.abs()
     return y.to(h.dtype)
 
 
@@ -199,8 +203,10 @@ def mlp_activation_backward(grad: Tensor, h: Tensor, kind: str) -> Tensor:
         on = gate.sigmoid()
         silu = gate * on
         d = torch.cat((g * up * (on + silu * (1 - on)), g * silu), -1)
+    elif kind == "gelu":
+        d = torch.ops.aten.gelu_backward(g, wide.clamp(-FAR, FAR))
     else:
-        d = torch.ops.aten.gelu_backward(g, wide) if kind == "gelu" else g * wide.sgn()
+        d = g * wide.sgn()
     return d.to(h.dtype)
 
 

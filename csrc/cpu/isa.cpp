@@ -3,19 +3,21 @@
 namespace depthnet {
 namespace {
 
-#define DEPTHNET_ISA_TABLE(isa) \
-  Isa{#isa, isa::residual_forward, isa::residual_backward, isa::residual_norm, isa::mlp_activation, \
-      isa::rotary_heads, isa::residual_stack, isa::product, isa::adam_step, isa::sgd_step, \
-      isa::squares, &isa::peak}
+// The kernels of the set `isa`, but for those of stacks of bfloat16.
+#define DEPTHNET_ISA_TABLE(name, isa, bfloat16_stack) \
+  Isa{name, isa::residual_forward, isa::residual_backward, isa::residual_norm, isa::mlp_activation, \
+      isa::rotary_heads, \
+      {isa::residual_stack, isa::residual_stack + 1, bfloat16_stack, isa::residual_stack + 3}, \
+      isa::product, isa::adam_step, isa::sgd_step, isa::squares, &isa::peak}
 
 const Isa kIsas[] = {
-    DEPTHNET_ISA_TABLE(baseline),
+    DEPTHNET_ISA_TABLE("baseline", baseline, baseline::residual_stack + 2),
 #ifdef DEPTHNET_HAVE_AVX512
-    DEPTHNET_ISA_TABLE(avx2),
-    DEPTHNET_ISA_TABLE(avx512),
+    DEPTHNET_ISA_TABLE("avx2", avx2, avx2::residual_stack + 2),
+    DEPTHNET_ISA_TABLE("avx512", avx512, avx512::residual_stack + 2),
 #endif
 #ifdef DEPTHNET_HAVE_AVX512_BF16
-    DEPTHNET_ISA_TABLE(avx512_bf16),
+    DEPTHNET_ISA_TABLE("avx512_bf16", avx512, &avx512_bf16::residual_stack_bfloat16),
 #endif
 };
 

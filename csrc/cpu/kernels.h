@@ -190,7 +190,7 @@ struct Isa {
   const ResidualNormKernel (*residual_norm)[kDTypes][kDTypes];
   const MlpActivationKernel (*mlp_activation)[kDTypes];  // of each Mlp
   const RotaryKernel (*rotary_heads)[kDTypes];           // forward and backward
-  const StackKernel* residual_stack;
+  const StackKernel* residual_stack[kDTypes];
   const ProductKernel* product;  // of float and double
   const AdamKernel* adam_step;
   const SgdKernel* sgd_step;
@@ -218,7 +218,8 @@ DEPTHNET_DECLARE_ISA(avx2)
 DEPTHNET_DECLARE_ISA(avx512)
 #endif
 #ifdef DEPTHNET_HAVE_AVX512_BF16
-DEPTHNET_DECLARE_ISA(avx512_bf16)
+// Beyond AVX-512 it has products of bfloat16 only.
+namespace avx512_bf16 { extern const StackKernel residual_stack_bfloat16; }
 #endif
 
 constexpr int kMostIsas = 4;

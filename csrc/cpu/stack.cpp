@@ -699,8 +699,12 @@ constexpr StackKernel kernel() {
 
 }  // namespace
 
+#if defined(DEPTHNET_ISA_AVX512_BF16)
+const StackKernel residual_stack_bfloat16 = kernel<bfloat16>();
+#else
 const StackKernel residual_stack[kDTypes] = {kernel<float>(), kernel<double>(), kernel<bfloat16>(),
                                              kernel<float16>()};
+#endif
 
 }  // namespace DEPTHNET_ISA
 }  // namespace depthnet

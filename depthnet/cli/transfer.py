@@ -19,17 +19,17 @@ def add_verbs(verbs) -> None:
     add = transfer.add_argument
     add_data(transfer, "text")
     add("--width", type=int, default=64)
-    add("--depths", type=int, nargs="+", default=[8, 16, 32, 64, 128], metavar="L")
+    add("--depths", type=int, nargs="+", default=[8, 32, 128], metavar="L")
     add("--base-depth", type=int, metavar="L",
         help="the depth at which learning rates are tuned; None is the least")  # fmt: skip
     add("--parametrizations", nargs="+", metavar="NAME",
         default=["depth_mup", "half_zero", "ode", "standard"],
         help="presets, or exponents as ALPHA,GAMMA")  # fmt: skip
     add("--activation", default="abs", help="identity, relu, abs or leaky_relu")
-    add("--log2-lr", type=float, nargs=2, default=[-13.0, -4.0], metavar=("LOW", "HIGH"))
-    add("--per-octave", type=int, default=1, metavar="N", help="learning rates per factor of 2")
-    add("--seeds", type=int, default=2, metavar="N")
-    add("--steps", type=int, default=300, metavar="N")
+    add("--log2-lr", type=float, nargs=2, default=[-10.0, -6.0], metavar=("LOW", "HIGH"))
+    add("--per-octave", type=int, default=2, metavar="N", help="learning rates per factor of 2")
+    add("--seeds", type=int, default=4, metavar="N")
+    add("--steps", type=int, default=200, metavar="N")
     add("--batch", type=int, default=64, metavar="N")
     add("--schedule", default="constant", help="of learning rates: constant, linear or cosine")
     add("--warmup", type=int, default=0, metavar="N", help="steps in which they rise first")

@@ -125,9 +125,7 @@ def _costs(cost: analysis.Estimate) -> str:
         return "has a cost that is not known"
     if math.isinf(cost.value):
         return "diverges"
-    return (
-        f"costs {100 * cost.value:.0f} %" if cost.value > 0.5 else f"costs {analysis.percent(cost)}"
-    )
+    return f"costs {analysis.percent(cost)}"
 
 
 def table(summary: dict[str, Any]):
@@ -155,10 +153,16 @@ def table(summary: dict[str, Any]):
             texts = [
                 *map(_short_optimum, cells),
                 html.loss_text(last, "best_loss"),
-                html.cost_text(last),
+                _short_cost(last["cost"][0]),
             ]
             columns.add_row(size, *map(text.Text, texts))
     return columns
+
+
+def _short_cost(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{100 * value:.1f} %" if value < 10 else "> 1000 %"
 
 
 def _short_optimum(cell: dict[str, Any]) -> str:

@@ -27,7 +27,8 @@ class Fig4(Curves):
     kind: ClassVar[dict[str, Any]] = {}
 
     depths: tuple[int, ...] = (4, 16, 64)
-    log2_lr: tuple[float, float] = (-10.0, -4.0)
+    log2_lr: tuple[float, float] = (-10.0, -5.0)
+    lr_step: float = 1.0
     log2_a: tuple[float, ...] = (-5.5, -4.5, -3.5, -2.5, -1.5, -0.5)
 
     @classmethod
@@ -91,9 +92,7 @@ class Fig6(Curves):
     )
     shared: ClassVar[str] = "blocks-of-two"
 
-    depths: tuple[int, ...] = (8, 16, 32, 64, 128)
     log2_a: tuple[float, ...] = (-2.0, -3.0)  # of relu, of |x| with pre-LN
-    seeds: int = 8
 
     def __post_init__(self) -> None:
         if len(self.log2_a) != 2:
@@ -160,7 +159,8 @@ class Fig7(Curves):
     )
 
     depths: tuple[int, ...] = (4, 16, 64)
-    log2_lr: tuple[float, float] = (-12.0, -4.0)
+    log2_lr: tuple[float, float] = (-12.0, -5.0)
+    lr_step: float = 1.0
     log2_a: tuple[float, ...] = (-5.0, -4.0, -3.0, -2.0, -1.0)
 
     @classmethod
@@ -269,7 +269,6 @@ class Line(Curves):
     )
 
     log2_a: tuple[float, ...] = (-3.0,)
-    seeds: int = 8
 
     @classmethod
     def full(cls) -> dict[str, Any]:

@@ -32,10 +32,10 @@ class Fig10(Curves):
         return {**super().full(), "log2_lr": (-12.0, -6.0), "log2_a": (1.0,)}
 
     def variants(self) -> list[Variant]:
-        wide = self.rates(lower=4)  # where the optimum falls with depth
+        wide = self.rates(lower=3)  # where the optimum falls fast with depth
         return [
             Variant("depth_mup", "Depth-μP", self.rates(), self.log2_a),
-            Variant("half_zero", exponents("half_zero"), wide, self.log2_a, "half_zero"),
+            Variant("half_zero", exponents("half_zero"), self.rates(), self.log2_a, "half_zero"),
             Variant("mup", exponents("mup"), wide, self.log2_a, "mup"),
         ]
 
@@ -67,6 +67,42 @@ class Fig10(Curves):
 
 
 @dataclass(frozen=True)
+class Fig10Hidden(Fig10):
+    name: ClassVar[str] = "fig10-hidden"
+    title: ClassVar[str] = "Learning rates of the blocks alone across depth (figure 10)"
+    claim: ClassVar[str] = (
+        "Does the blocks' best learning rate transfer, with that of input and output fixed?"
+    )
+
+    sweep: str = "hidden"
+    outer_log2_lr: float = -8.0
+    schedule: str = "linear"
+    steps: int = 300
+    log2_lr: tuple[float, float] = (-10.0, -4.0)
+
+    @classmethod
+    def full(cls) -> dict[str, Any]:
+        return {**super().full(), "schedule": "constant"}
+
+
+@dataclass(frozen=True)
+class Fig10Frozen(Fig10):
+    name: ClassVar[str] = "fig10-frozen"
+    title: ClassVar[str] = "Learning rates across depth, input and output layers frozen (figure 10)"
+    claim: ClassVar[str] = "Does the best learning rate transfer where only blocks are trained?"
+
+    sweep: str = "frozen"
+    output_std: float = 1.0
+    log2_lr: tuple[float, float] = (-9.0, -3.0)
+
+    def notes(self) -> list[str]:
+        return [
+            "What the theory treats: input and output layers stay as they are initialized, the output "
+            "layer with the standard deviation 1 at the base width over the width."
+        ]
+
+
+@dataclass(frozen=True)
 class Fig3(Curves):
     name: ClassVar[str] = "fig3"
     title: ClassVar[str] = "|x| against relu under Depth-muP (figure 3)"
@@ -75,9 +111,7 @@ class Fig3(Curves):
     data: str = "digits"
     depths: tuple[int, ...] = (16, 64, 256)
     log2_lr: tuple[float, float] = (-12.0, -4.0)
-    seeds: int = 4
-    steps: int = 200
-    batch: int = 64
+    lr_step: float = 1.0
 
     @classmethod
     def full(cls) -> dict[str, Any]:
@@ -111,15 +145,13 @@ class Fig2(Curves):
     title: ClassVar[str] = "Blocks W phi(x) gain little from depth, and lose to phi(W x) (figure 2)"
     claim: ClassVar[str] = "Is it better to activate before or after the product?"
 
-    depths: tuple[int, ...] = (8, 32, 128)
-
     @classmethod
     def full(cls) -> dict[str, Any]:
         return {**super().full(), "log2_lr": (-16.0, -10.0), "log2_a": (0.0,)}
 
     def variants(self) -> list[Variant]:
         return [
-            Variant("before", "W φ(x)", self.rates(lower=1), self.log2_a, activate="before"),
+            Variant("before", "W φ(x)", self.rates(), self.log2_a, activate="before"),
             Variant("after", "φ(W x)", self.rates(), self.log2_a),
         ]
 
@@ -155,7 +187,7 @@ class Fig11(Curves):
         return {**super().full(), **changes}
 
     def variants(self) -> list[Variant]:
-        grid = self.rates(higher=1)
+        grid = self.rates()
         return [
             Variant("ode", exponents("ode"), grid, self.log2_a, "ode"),
             Variant("depth_mup", "Depth-μP", grid, self.log2_a),
@@ -197,7 +229,7 @@ class Fig12(Curves):
         half = Variant(
             "half_zero",
             exponents("half_zero"),
-            self.rates(lower=4),
+            self.rates(),
             self.log2_a,
             "half_zero",
             **blocks,

@@ -78,6 +78,14 @@ STUDIES = {
         "Under Depth-muP the best learning rate stays and deeper is better; under (1/2, 0) and (0, 0) it "
         "moves, and under (0, 0) depth hurts (figure 10).",
     ),
+    "fig10-hidden": Entry(
+        "learning_rates:Fig10Hidden",
+        "The same of the blocks' learning rate alone, as in the paper (figure 10).",
+    ),
+    "fig10-frozen": Entry(
+        "learning_rates:Fig10Frozen",
+        "The same where only blocks are trained, which is what the theory treats (figure 10).",
+    ),
     "fig11": Entry(
         "learning_rates:Fig11",
         "Under (1, 0) the best learning rate rises with depth, and losses are above those of Depth-muP "

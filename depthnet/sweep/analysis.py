@@ -374,7 +374,7 @@ def verdict(found: list[Curve], settings: SweepSettings, panel: Panel) -> Verdic
         words.append("a search does not measure what an untuned learning rate costs")
     if untold and not lost:
         words.append(f"what it costs at {scale} {_join(untold)} is not known")
-    if math.isfinite(gain.value):
+    if gain.high < 10:
         better = {True: "better", False: "worse"}.get(helps, "neither better nor worse")
         words.append(
             f"at that rate {scale} {max(scales)} is {better} than {scale} {base}: its loss is "
@@ -391,11 +391,10 @@ def verdict(found: list[Curve], settings: SweepSettings, panel: Panel) -> Verdic
 
 
 def percent(part: Estimate) -> str:
-    """A part with its interval, as 0.4 % (0.2 to 0.6)."""
-    ends = f"{100 * part.low:.1f} to {100 * part.high:.1f}"
-    if not math.isfinite(part.high):
-        ends = f"{100 * part.low:.1f} or more"
-    return f"{100 * part.value:.1f} % ({ends})"
+    """A part with its interval, as 0.4 % (0.2 to 0.6); what is huge is only called so."""
+    if part.high > 10:
+        return "more than 1000 %" if part.low > 10 else f"{100 * part.low:.1f} % or more"
+    return f"{100 * part.value:.1f} % ({100 * part.low:.1f} to {100 * part.high:.1f})"
 
 
 def _join(sizes: list[int]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 SAMPLES = 1000  # curves drawn for an interval
 # Of one seed's slice: losses of neighboring steps are not independent, those of blocks nearly are.
 BLOCKS = 10
-BAND = 0.2  # a bowl is fitted to what is within this part of the lowest loss
+BAND = 0.12  # a bowl is fitted to what is within this part of the lowest loss
 SKEW = 0.9  # of a bowl, an octave; seen at the base depth of `depthnet transfer`
 SKEWS = (0.0, 0.3, 0.6, 0.9, 1.2)
 

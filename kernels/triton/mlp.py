@@ -18,6 +18,7 @@ from depthnet.kernels.triton.residual import FEWEST_WARPS, OPTIONS
 from depthnet.kernels.triton.rounding import load_widened, store_rounded
 
 BLOCK = 2048  # a thread has 16 elements
+FAR = tl.constexpr(40.0)  # as in the reference; 0 times infinity is no number
 
 
 @triton.jit
@@ -56,7 +57,7 @@ def mlp_activation_forward_kernel(
         values = x * _sigmoid(x) * up
     else:
         x = load_widened(h, row * n + column, inside, TYPE)
-        values = x * _probability(x) if KIND == "gelu" else tl.abs(x)
+        values = tl.where(x < -FAR, 0.0, x * _probability(x)) if KIND == "gelu" else tl.abs(x)
     store_rounded(y, row * n + column, values, inside)
 
 
@@ -80,7 +81,7 @@ def mlp_activation_backward_kernel(
         x = load_widened(h, row * n + column, inside, TYPE)
         if KIND == "gelu":
             density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-            values = g * (_probability(x) + x * density)
+            values = g * (_probability(x) + tl.where(tl.abs(x) > FAR, 0.0, x * density))
         else:
             values = tl.where(x > 0, g, tl.where(x < 0, -g, g * 0.0))
         store_rounded(grad_h, row * n + column, values, inside)

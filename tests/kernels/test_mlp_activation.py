@@ -131,6 +131,17 @@ def test_large_arguments(backend, kind):
     )
 
 
+@pytest.mark.parametrize("kind", ["gelu", "abs"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_limits_at_infinity(backend, dtype, kind):
+    h = torch.tensor([math.inf, -math.inf], dtype=dtype).repeat_interleave(67)
+    y, slope = grads(lambda h: kernels.mlp_activation(h, kind), [h], torch.ones_like(h))
+    limits = {"gelu": (math.inf, 0, 1, 0), "abs": (math.inf, math.inf, 1, -1)}[kind]
+    for got, (above, below) in ((y, limits[:2]), (slope, limits[2:])):
+        assert (got[:67] == above).all()
+        assert (got[67:] == below).all()
+
+
 def test_the_slope_of_abs_at_0_is_0(backend):
     h = torch.tensor([[-0.0, 0.0, -1.0, 1.0]])
     y, g = grads(lambda h: kernels.mlp_activation(h, "abs"), [h], torch.ones(1, 4))

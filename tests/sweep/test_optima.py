@@ -141,7 +141,7 @@ def test_the_loss_is_the_bowls_within_and_a_line_from_point_to_point_elsewhere()
     found = fitted(losses)
     assert found.loss(-9.5) == pytest.approx(2 * math.exp(0.3 * rise(-0.3, optima.SKEW)))
     for at in (-13.0, -7.0, -6.0):  # points of the grid
-        assert found.loss(at) == pytest.approx(losses[GRID == at])
+        assert found.loss(at) == pytest.approx(losses[at == GRID])
     left, right = losses[:2]
     assert found.loss(-12.25) == pytest.approx(left**0.25 * right**0.75)
     assert found.loss(-5.75) == np.inf  # beside what diverged
