@@ -101,8 +101,8 @@ def headline(found: dict[str, Any]) -> str:
         f"Tuned at {scale} {base}, the same learning rate at {scale} {farthest} "
         f"{_costs(costs[0])} {names[0]}"
     )
-    if last[0]["helps"] is not None:
-        gain = analysis.Estimate(*last[0]["gain"])
+    gain = analysis.Estimate(*last[0]["gain"])
+    if last[0]["helps"] is not None and math.isfinite(gain.value):
         sentence += (
             f", where {scale} {farthest} is {abs(100 * gain.value):.1f} % "
             f"{'better' if last[0]['helps'] else 'worse'} than {scale} {base}"

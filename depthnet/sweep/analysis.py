@@ -243,7 +243,7 @@ class Estimate(NamedTuple):
 
     def exceeds(self, limit: float) -> bool | None:
         """Whether |value| is above a limit; None if that is not known, or the interval contains it."""
-        if math.isnan(self.value):
+        if any(map(math.isnan, self)):
             return None
         if any(self.low <= end <= self.high for end in (-limit, limit)):
             return None
