@@ -1,10 +1,10 @@
 """How often the intervals of a sweep hold the truth, on curves like those seen, whose truth is known.
 
-A study has depths 8, 32 and 128 and a grid of whole octaves. The log of the loss, u octaves from the
+A study has depths 8, 32 and 128 and a grid of half octaves. The log of the loss, u octaves from the
 optimum, is 0.142 (exp(s u) - 1 - s u) / s^2 and noise: with s = 0.9 what `depthnet transfer` measures at
 depth 8. Optima drift by 0.1 octaves a doubling of depth. Seeds differ in their level (2 %) and in where
-their optimum is: all their depths by `common` octaves, each depth by `own`; each trial has noise of 0.3 %.
-What is counted: the intervals that hold the base's optimum, the drift, and the cost at depth 128
+their optimum is: all their depths by `common` octaves, each depth by `own`; each trial has noise of
+0.3 %. Counted are the intervals that hold the base's optimum, the drift, and the cost at depth 128
 (bench/results/coverage.csv).
 """
 
@@ -37,7 +37,7 @@ def rise(u: float, skew: float) -> float:
 def covered(seeds: int, common: float, own: float, skew: float, studies: int) -> np.ndarray:
     """Parts of the studies whose intervals hold the base's optimum, the drift, and the cost at 128."""
     settings = SweepSettings(
-        depth=DEPTHS, seeds=seeds, steps=50, log2_lr=tuple(map(float, range(-12, -4)))
+        depth=DEPTHS, seeds=seeds, steps=50, log2_lr=tuple(x / 2 for x in range(-22, -9))
     )
     part = optima.slices(50)[-1]
     (panel,) = analysis.panels(settings)

@@ -26,7 +26,7 @@ from depthnet import _C
 from depthnet.data import NextByte, load
 from depthnet.scaling import Parametrization
 from depthnet.sweep.ledger import Ledger
-from depthnet.sweep.population import BETAS, FIXED_LOG2_LR
+from depthnet.sweep.population import BETAS
 from depthnet.sweep.study import Member, Network, SweepSettings, record
 from depthnet.sweep.worker import Worker
 from depthnet.training.memory import keep_freed_memory
@@ -52,11 +52,11 @@ class Eager(nn.Module):
             nn.init.normal_(block.weight, std=n**-0.5)
         nn.init.zeros_(self.output.weight)
         hidden_lr = 2**member.log2_lr * relative_depth**-parametrization.gamma
-        fixed = {"lr": 2**FIXED_LOG2_LR}
+        outer = {"lr": 2**member.log2_lr}
         groups = [
-            {"params": self.input.parameters(), **fixed},
+            {"params": self.input.parameters(), **outer},
             {"params": self.blocks.parameters(), "lr": hidden_lr},
-            {"params": self.output.parameters(), **fixed},
+            {"params": self.output.parameters(), **outer},
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
 
@@ -147,6 +147,9 @@ def main() -> None:
     settings = SweepSettings(
         name="transfer",
         parametrization=("depth_mup", "half_zero", "ode", "standard"),
+        depth=(8, 32, 128),
+        log2_lr={"low": -10, "high": -6, "step": 0.5},
+        seeds=4,
         steps=args.steps,
     )
     data = load(settings.data)

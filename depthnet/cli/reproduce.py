@@ -25,9 +25,11 @@ def add_verbs(verbs) -> None:
         help="change a setting, such as: --set steps 1000 --set depths 64 256")  # fmt: skip
     add("--full", action="store_true",
         help="the paper's own settings; --set data_dir DIR says where CIFAR-10 is")  # fmt: skip
+    add("--quick", action="store_true",
+        help="a run of a minute, to see what a study does; too small to decide much")  # fmt: skip
     add("--out", metavar="DIR",
-        help="results go here, by default runs/NAME, with --full runs/NAME-full; a stopped study goes "
-        "on from here")  # fmt: skip
+        help="results go here, by default runs/NAME, with --full runs/NAME-full, with --quick "
+        "runs/NAME-quick; a stopped study goes on from here")  # fmt: skip
 
 
 def run_reproduce(options: argparse.Namespace) -> int:
@@ -47,9 +49,12 @@ def run_reproduce(options: argparse.Namespace) -> int:
             table.add_row(name, title, entry.claim, found)
         console().print(table, highlight=False, markup=False)
         return 0
+    if options.full and options.quick:
+        raise ValueError("quick: not together with --full")
     kind = study(options.name)
-    settings = {**(kind.full() if options.full else {}), **_settings(kind, options.set)}
-    out = options.out or f"runs/{options.name}{'-full' * options.full}"
+    size = kind.full() if options.full else kind.quick if options.quick else {}
+    settings = {**size, **_settings(kind, options.set)}
+    out = options.out or f"runs/{options.name}{'-full' * options.full}{'-quick' * options.quick}"
     return run_study(kind(**settings), out)
 
 

@@ -34,7 +34,7 @@ def add_verbs(verbs) -> None:
     add("--schedule", default="constant", help="of learning rates: constant, linear or cosine")
     add("--warmup", type=int, default=0, metavar="N", help="steps in which they rise first")
     add("--sweep", nargs="+", default=["all"], metavar="WHAT",
-        help="whose learning rate moves: all, hidden (blocks), frozen (the others frozen)")  # fmt: skip
+        help="whose rate moves: all, hidden (blocks), frozen (blocks, others frozen)")  # fmt: skip
     add("--outer-log2-lr", type=float, default=-10.0, metavar="X",
         help="of input and output layers, with --sweep hidden")  # fmt: skip
     add("--output-std", type=float, default=0.0, metavar="X",

@@ -102,8 +102,8 @@ def _rule(settings: SweepSettings) -> str:
     if not isinstance(settings.log2_lr, Range):
         rule += (
             f", and if the one tuned at {scale} {analysis.base_scale(settings)} costs at most "
-            f"{100 * analysis.COST_LIMIT:g} % of the loss at any other. There is no verdict where the "
-            f"best learning rate is not {100 * analysis.CONTRAST_LIMIT:g} % better than the grid's least"
+            f"{100 * analysis.COST_LIMIT:g} % of the loss at any other. Where the least learning rate of "
+            f"the grid is not {100 * analysis.CONTRAST_LIMIT:g} % worse than the best, there is no verdict"
         )
     return f"{rule}."
 

@@ -129,7 +129,7 @@ def _costs(cost: analysis.Estimate) -> str:
 
 
 def table(summary: dict[str, Any]):
-    """A rich table of the optima, the best losses and the regret."""
+    """A rich table of the optima, the best losses and the costs."""
     rich_box = optional_import("rich.box", "cli", "printing a table")
     rich_table = optional_import("rich.table", "cli", "printing a table")
     text = optional_import("rich.text", "cli", "printing a table")

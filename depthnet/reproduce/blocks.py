@@ -25,6 +25,7 @@ class Fig4(Curves):
     title: ClassVar[str] = "Blocks of one and of two layers at equal depth, relu (figure 4)"
     claim: ClassVar[str] = "Blocks of one layer or of two, of as many layers in all?"
     kind: ClassVar[dict[str, Any]] = {}
+    quick: ClassVar[dict[str, Any]] = {"depths": (4, 16), "seeds": 2, "steps": 40}
 
     depths: tuple[int, ...] = (4, 16, 64)
     log2_lr: tuple[float, float] = (-10.0, -5.0)
@@ -157,6 +158,7 @@ class Fig7(Curves):
     claim: ClassVar[str] = (
         "Which learning rates and multipliers go together, with two layers a block?"
     )
+    quick: ClassVar[dict[str, Any]] = {"depths": (4, 16), "seeds": 2, "steps": 60}
 
     depths: tuple[int, ...] = (4, 16, 64)
     log2_lr: tuple[float, float] = (-12.0, -5.0)

@@ -104,6 +104,7 @@ class Curves(DataStudy):
 
     claim: ClassVar[str]  # the title of the picture
     along: ClassVar[str] = "log2_lr"  # the axis of curves: log2_lr or log2_a
+    quick: ClassVar[dict[str, Any]] = {"depths": (8, 32), "seeds": 2, "steps": 60, "lr_step": 1.0}
 
     data: str = "text"
     data_dir: str | None = None
@@ -351,7 +352,7 @@ class Curves(DataStudy):
             low, high = _range(measured)
             for column, each in enumerate(measured):
                 axis = axes[0, row] if single else axes[row, column]
-                drawn = figures.Curves(None, each.curves, low, high)
+                drawn = figures.Curves(None, each.curves, each.transfer, low, high)
                 figures.draw_curves(axis, drawn, each.settings)
                 axis.set_title(f"{each.variant.label}\n{words(part)}", fontsize=10)
             if not single:

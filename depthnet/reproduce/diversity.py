@@ -292,6 +292,7 @@ class Fig17(DiversityStudy):
 
     name: ClassVar[str] = "fig17"
     title: ClassVar[str] = "Feature diversity: do neighboring layers do different things?"
+    quick: ClassVar[dict[str, Any]] = {"depths": (64, 128, 256, 512)}
 
     def findings(self, results: dict[str, Arrays]) -> Findings:
         measured = self.measured(results)
@@ -392,6 +393,7 @@ class Fig18(DiversityStudy):
 
     name: ClassVar[str] = "fig18"
     title: ClassVar[str] = "Feature diversity in the course of training"
+    quick: ClassVar[dict[str, Any]] = {"depths": (64, 128, 256)}
     parametrizations: tuple[str, ...] = ("depth_mup", "ode")
     depths: tuple[int, ...] = (64, 128, 256, 512, 1024)
     steps: tuple[int, ...] = (0, 25, 100, 200)

@@ -62,6 +62,7 @@ class Family(DataStudy):
 
     name: ClassVar[str] = "family"
     title: ClassVar[str] = "Activations from identity to |h|: diversity of gradients, training loss"
+    quick: ClassVar[dict[str, Any]] = {"angles": (-45.0, 0.0, 45.0), "depth": 32, "steps": 100}
 
     data: str = "text"
     data_dir: str | None = None
@@ -106,6 +107,8 @@ class Family(DataStudy):
             seeds=self.seeds,
             steps=self.steps,
             batch=self.batch,
+            sweep="hidden",
+            outer_log2_lr=-7.0,
         )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ class Initialization(Study):
     name: ClassVar[str] = "init"
     title: ClassVar[str] = "Kernels at initialization follow their closed forms"
     claim: ClassVar[str] = "within 2 % of the closed form at every depth"
+    quick: ClassVar[dict[str, Any]] = {"width": 512, "depth": 128, "seeds": 6}
 
     width: int = 1024
     depth: int = 256
@@ -166,6 +167,7 @@ class FirstStep(Study):
     name: ClassVar[str] = "first-step"
     title: ClassVar[str] = "The first step of SGD follows the limit's differential equation"
     claim: ClassVar[str] = "within three standard errors of the limit"
+    quick: ClassVar[dict[str, Any]] = {"width": 256, "seeds": 12}
 
     width: int = 512
     depth: int = 256

@@ -107,6 +107,7 @@ class Fig3(Curves):
     name: ClassVar[str] = "fig3"
     title: ClassVar[str] = "|x| against relu under Depth-muP (figure 3)"
     claim: ClassVar[str] = "Does |x| train better than relu, at every depth?"
+    quick: ClassVar[dict[str, Any]] = {"depths": (16, 64), "seeds": 2, "steps": 60}
 
     data: str = "digits"
     depths: tuple[int, ...] = (16, 64, 256)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -66,6 +66,8 @@ class Fig8(OnData):
     claim: ClassVar[str] = (
         "the features' sizes converge to the limit's as width grows, at every depth and step"
     )
+
+    quick: ClassVar[dict[str, Any]] = {"widths": (128, 256, 512, 1024), "seeds": 4}
 
     depth: int = 64
     widths: tuple[int, ...] = (128, 256, 512, 1024, 2048)

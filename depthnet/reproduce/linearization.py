@@ -62,6 +62,7 @@ class LinearizationStudy(DiversityStudy):
 
     name: ClassVar[str] = "linearization"
     title: ClassVar[str] = "Deeper blocks: does every limit lose something?"
+    quick: ClassVar[dict[str, Any]] = {"depths": (32, 64, 128)}
     parametrizations: tuple[str, ...] = ("depth_mup", "0.75,0.25", "ode", "half_zero")
     block_depths: tuple[int, ...] = (1, 2)
     depths: tuple[int, ...] = (32, 64, 128, 256)

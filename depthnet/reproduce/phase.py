@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from depthnet.diagnostics.phase_diagram import (
     QUANTITIES,
@@ -24,6 +24,7 @@ class Phase(PhaseSettings, DataStudy):
 
     name: ClassVar[str] = "phase"
     title: ClassVar[str] = "The phase diagram of (alpha, gamma), measured (figure 1)"
+    quick: ClassVar[dict[str, Any]] = {"depths": (32, 64, 128), "seeds": 6}
 
     def jobs(self) -> list[Job]:
         return [

@@ -86,6 +86,11 @@ STUDIES = {
         "learning_rates:Fig10Frozen",
         "The same where only blocks are trained, which is what the theory treats (figure 10).",
     ),
+    "drift": Entry(
+        "drift:Drift",
+        "The best learning rate converges as depth grows (section 5): is what is left of its drift of "
+        "finite depth, of finite width, or of the length of training?",
+    ),
     "fig11": Entry(
         "learning_rates:Fig11",
         "Under (1, 0) the best learning rate rises with depth, and losses are above those of Depth-muP "

@@ -67,12 +67,14 @@ class Study(ABC):
     shared: None, or what stands for `name` in the name of the folder of its jobs, which it then shares
         with other studies of the same settings: what one has trained the others need not.
     device: of torch, that it runs on.
+    quick: the settings that make a run of a minute, too small to decide much; none if the defaults do.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     shared: ClassVar[str | None] = None
     device: ClassVar[str] = "cpu"
+    quick: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def full(cls) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -48,6 +48,8 @@ class Training(Study):
     claim: ClassVar[str] = (
         "networks approach the corrected definition as depth grows, not the printed one"
     )
+
+    quick: ClassVar[dict[str, Any]] = {"width": 256, "depths": (16, 64), "seeds": 8}
 
     width: int = 512
     depths: tuple[int, ...] = (16, 64, 256)

@@ -64,13 +64,20 @@ class Transformers(Curves):
         seeds, steps, batch: of training; a batch counts texts of `context` tokens. microbatch: as many
             of them go through the network at once.
         early, middle, late: parts of training, from 0 to 1, whose losses are averaged.
-        device: of torch. memory: plays no part.
+        device: of torch. memory, sweep, outer_log2_lr, output_std, schedule, warmup: play no part.
 
     Raises:
         TypeError, ValueError: a setting is not as described.
     """
 
     shared: ClassVar[str] = "transformers"
+    quick: ClassVar[dict[str, Any]] = {
+        "depths": (2, 4),
+        "log2_lr": (-8.0, -6.0),
+        "multipliers": (-3.0, -1.0),
+        "seeds": 1,
+        "steps": 60,
+    }
     shown: ClassVar[tuple[str, ...]]  # the parts of training that a study is about
 
     width: int = 32

@@ -57,17 +57,20 @@ def drawn_curves(losses: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> n
     seed see the same batches: what they have in common cancels in differences.  Calls with the same seed
     and as many seeds draw the same, too.
 
+    Seeds that are known at some points only play no part where others are known at all: they would
+    shift some points against the others, and with a single one elsewhere nothing tells by how much.
+
     Args:
         losses: (..., seeds, G, steps), of one slice: infinite if training diverged, NaN if not known.
 
     Returns:
-        float64 (1 + samples, ..., G), the mean over the known seeds first; infinite where a loss of any
-        seed is, NaN where none is known.
+        float64 (1 + samples, ..., G), the mean over the seeds first; infinite where a loss of any is, NaN
+        where none is known.
     """
-    # A seed of which nothing is known is no second one.
-    some = ~np.isnan(losses).any(-1).all((*range(losses.ndim - 3), -1))
-    losses = losses[..., some, :, :] if some.any() else losses
     diverged = np.isinf(losses).any((-3, -1))
+    whole = ~np.isnan(losses).any((*range(losses.ndim - 3), -2, -1))
+    if whole.any():
+        losses = losses[..., whole, :, :]
     each = _means(losses)
     mean, _ = _center(each)
     if losses.shape[-3] == 1:
@@ -76,11 +79,12 @@ def drawn_curves(losses: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> n
     center, count = _center(each)
     with np.errstate(invalid="ignore", divide="ignore"):
         error = np.nan_to_num(each / center - 1) / np.sqrt(count * np.maximum(count - 1, 1))
-    weights = _weights(each.shape[-2], samples, seed)
-    spread = np.tensordot(weights, error, (1, -2)).reshape(samples, *mean[..., 0, :].shape)
+    weights = np.concatenate(
+        [np.zeros((1, each.shape[-2])), _weights(each.shape[-2], samples, seed)]
+    )
+    spread = np.tensordot(weights, error, (1, -2))
     # Two seeds draw factors beyond what a float holds.
-    spread = np.concatenate([np.zeros_like(spread[:1]), np.clip(spread, -50, 50)])
-    return np.where(diverged, np.inf, mean[..., 0, :] * np.exp(spread))
+    return np.where(diverged, np.inf, mean[..., 0, :] * np.exp(np.clip(spread, -50, 50)))
 
 
 def _means(losses: np.ndarray) -> np.ndarray:

@@ -236,11 +236,16 @@ def test_what_diverged_is_infinite_in_every_draw_and_what_is_unknown_is_not_a_nu
     assert np.isfinite(found[:, 3]).all()
 
 
-def test_a_seed_that_is_not_trained_yet_does_not_make_the_others_certain():
+@pytest.mark.parametrize("points", [4, 2])
+def test_a_seed_that_is_not_trained_yet_plays_no_part_but_for_what_diverged(points):
+    """Else one seed that is known would have no spread, and a curve steps where the second one ends."""
     losses = noisy(2)
-    losses[1] = np.nan
-    np.testing.assert_array_equal(drawn_curves(losses, 20), drawn_curves(losses[:1], 20))
-    assert np.ptp(drawn_curves(losses, 20), axis=0).min() > 0
+    losses[1, :points] = np.nan
+    losses[1, 3, 5:] = np.inf
+    found, first = drawn_curves(losses, 20), drawn_curves(losses[:1], 20)
+    np.testing.assert_array_equal(found[:, :3], first[:, :3])
+    assert np.ptp(first, axis=0).min() > 0
+    assert np.isinf(found[:, 3]).all()
 
 
 def test_nothing_known_is_nothing_drawn():
