@@ -384,7 +384,7 @@ def verdict(found: list[Curve], settings: SweepSettings, panel: Panel) -> Verdic
         grid = "range" if searched else "grid"
         words.append(
             f"at {scale} {_join(at_edge)} the lowest point is at the edge of the {grid} and the optimum "
-            "may lie beyond"
+            "may lie beyond, so that a wider one is needed to tell"
         )
     text = f"{answer}: {'; '.join(words)}"
     return Verdict(transfers, answer, contrast, shift, drift, cost, gain, helps, text)
