@@ -86,6 +86,7 @@ class Transformers(Curves):
     depths: tuple[int, ...] = (2, 4, 8, 16, 32)
     base_depth: int = 4
     log2_lr: tuple[float, float] = (-10.0, -5.0)
+    lr_step: float = 1.0
     log2_a: tuple[float, ...] = (-1.0,)
     tuned: float = -8.0
     multipliers: tuple[float, ...] = (-5.0, -3.0, -1.0, 0.0)
