@@ -155,6 +155,15 @@ def test_verdicts_of_figure_16(text):
     assert "-0.80" in found.verdicts[5].words
 
 
+def test_figure_16_says_nothing_where_every_learning_rate_is_a_good_one(text):
+    study = Fig16(**SHAPE, **text)
+    moving = results(study, lambda _, depth, __: -10 + math.log2(depth), lambda *_: 2.0, 0.001)
+    verdicts = study.findings(moving).verdicts
+    assert [verdict.holds for verdict in verdicts] == [None] * 9
+    judged = [verdict for verdict in verdicts if "viable" not in verdict.claim]
+    assert all(verdict.words.startswith("no verdict, as the contrast") for verdict in judged)
+
+
 def test_verdicts_of_figure_15(text):
     def least(name, depth, part):
         own = {"depth_mup": 2.0, "completep": 1.9, "mup": 2.1}[name]
