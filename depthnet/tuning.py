@@ -22,12 +22,24 @@ from depthnet.nn.resnet import ResidualStack
 from depthnet.optim import AdamW
 from depthnet.scaling import Parametrization, classify, param_groups
 from depthnet.sweep.analysis import DRIFT_LIMIT
-from depthnet.sweep.optima import Slice, bowl, drawn_curves, interval, slice_losses, slices
+from depthnet.sweep.optima import (
+    Slice,
+    bowl,
+    drawn_curves,
+    extrapolated,
+    interval,
+    slice_losses,
+    slices,
+)
 from depthnet.sweep.population import BETAS
 from depthnet.training import PopulationTrainer
 
 # How far beyond the grid to look for an optimum at its edge, octaves.
 WIDER = 4
+
+# Octaves: an extrapolation whose interval is wider says nothing; an octave to either side costs a tenth of
+# the loss or so.
+INTERVAL_LIMIT = 2.0
 
 UNSCALED = (
     "no module of the model has param_groups: its learning rates do not scale with width and depth, and "
@@ -71,6 +83,22 @@ class Curve:
 
 
 @dataclass(frozen=True, eq=False)
+class Extrapolation:
+    """log2 of the best learning rate at a depth that was not trained, with 95 % intervals.
+
+    depths: those fitted, ascending. target_depth: the depth that is told of.
+    base: the optimum of the depth that is tuned. deepest: that of the greatest of `depths`.
+    extrapolated: a + b target_depth^-p of the fit to the optima at `depths`; NaN if one is not known.
+    """
+
+    depths: tuple[int, ...]
+    target_depth: int
+    base: Interval
+    deepest: Interval
+    extrapolated: Interval
+
+
+@dataclass(frozen=True, eq=False)
 class Tuning:
     """What `tune` has found.
 
@@ -81,6 +109,7 @@ class Tuning:
     weight_decay: by candidate, the loss at its best learning rate of the grid, at the depth that is tuned.
     parametrization: of the model; None if nothing in it scales learning rates.
     block_depth: weight matrices in a residual block; None if no blocks were found.
+    extrapolation: to `target_depth`; None if none was asked for.
     warnings: reasons why `settings` may not be right for other shapes.
     """
 
@@ -92,12 +121,18 @@ class Tuning:
     weight_decay: dict[float, float]
     parametrization: Parametrization | None
     block_depth: int | None
+    extrapolation: Extrapolation | None
     warnings: list[str]
 
     @property
     def optimum(self) -> Interval:
         """log2 of the best learning rate, with its 95 % interval."""
         return self.curves[self.depth].optimum
+
+    @property
+    def extrapolated(self) -> Interval | None:
+        """The same at `target_depth`, extrapolated; None if that was not asked for."""
+        return self.extrapolation and self.extrapolation.extrapolated
 
     def __str__(self) -> str:
         tuned = int(self.curves[self.depth].mean.argmin())
@@ -112,6 +147,14 @@ class Tuning:
             f"{depth:>6}  {curve.optimum!s:<22}{curve.mean.min():>10.4g}{curve.mean[tuned]:>22.4g}"
             for depth, curve in self.curves.items()
         ]
+        if self.extrapolation:
+            told = self.extrapolation
+            lines += [
+                f"log2 of the best lr at depth {told.target_depth}, not trained:",
+                f"  as at depth {self.depth:<20}{told.base}",
+                f"  as at depth {told.depths[-1]:<20}{told.deepest}",
+                f"  {f'extrapolated from {told.depths}':<32}{told.extrapolated}",
+            ]
         return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,11 +164,15 @@ class Tuning:
                 **vars(self),
                 "curves": {depth: vars(curve) for depth, curve in self.curves.items()},
                 "parametrization": self.parametrization and asdict(self.parametrization),
+                "extrapolation": self.extrapolation and vars(self.extrapolation),
             }
         )
 
     def plot(self):
-        """A matplotlib Figure: a curve a depth with its 95 % interval, and its optimum with its own."""
+        """A matplotlib Figure: a curve a depth with its 95 % interval, and its optimum with its own.
+
+        What is extrapolated is a line across all losses, and its interval a band.
+        """
         optional_import("matplotlib", "plot", "drawing the picture")
         return _figure(self)
 
@@ -143,6 +190,8 @@ def tune(
     steps: int = 300,
     batch: int = 64,
     check_depths: Sequence[int] | None = None,
+    depths: Sequence[int] | None = None,
+    target_depth: int | None = None,
     blocks: str | None = None,
     progress: Progress | None = None,
 ) -> Tuning:
@@ -162,7 +211,10 @@ def tune(
         per_octave: grid points a factor of 2.
         weight_decay: candidates, each tried with every learning rate.
         seeds: their number. steps, batch: of training.
-        check_depths: other depths at which the curve is measured too; None means (4 * depth,), () none.
+        check_depths: other depths at which the curve is measured too; None means (4 * depth,), or none
+            where `depths` are given, () none.
+        depths, target_depth: three shallow depths or more, which are measured too, and a deeper one, to
+            which the best learning rate is extrapolated from `depths` alone; None for no extrapolation.
         blocks: the pattern of the names of the residual blocks, such as "layers.*"; None looks for a
             ModuleList or Sequential of `depth` modules of one type.
         progress: called after every step with the steps done and in all, each network's counted.
@@ -184,7 +236,9 @@ def tune(
         integer(argument, value, least)
     grid = _grid(log2_lr, per_octave)
     decays = _weight_decays(weight_decay)
-    others = _check_depths(check_depths, depth)
+    shallow = _shallow_depths(depths, target_depth)
+    others = _check_depths(() if depths and check_depths is None else check_depths, depth)
+    others += [other for other in shallow if other not in (depth, *others)]
     as_population = _takes_population(model_fn)
     data = _dataset(data)
     with torch.random.fork_rng():
@@ -216,7 +270,8 @@ def tune(
     chosen = int(np.argmin(best))
     by_depth = {depth: small[chosen]}
     by_depth |= {other: losses(other, [decays[chosen]])[0] for other in others}
-    curves = _curves(grid, by_depth, part)
+    curves, optima = _curves(grid, by_depth, part)
+    extrapolation = _extrapolation(curves, optima, depth, shallow, target_depth)
     found = Tuning(
         settings={
             "lr": 2.0 ** curves[depth].optimum.value,
@@ -230,10 +285,12 @@ def tune(
         weight_decay=dict(zip(decays, best, strict=True)),
         parametrization=parametrization,
         block_depth=block_depth,
+        extrapolation=extrapolation,
         warnings=[
             *([] if scaled else [UNSCALED]),
             *_theory_warnings(parametrization, block_depth),
             *_measured_warnings(grid, curves, depth),
+            *_extrapolation_warnings(extrapolation, curves, parametrization),
         ],
     )
     for text in found.warnings:
@@ -280,6 +337,27 @@ def _check_depths(check_depths: Sequence[int] | None, depth: int) -> list[int]:
             f"{check_depths!r}"
         )
     return depths
+
+
+def _shallow_depths(depths: Sequence[int] | None, target: int | None) -> tuple[int, ...]:
+    """The depths to extrapolate from, ascending; () if nothing is extrapolated."""
+    if depths is None and target is None:
+        return ()
+    if depths is None or target is None:
+        given, missing = (
+            ("target_depth", "depths") if depths is None else ("depths", "target_depth")
+        )
+        raise ValueError(f"{missing} must be given where {given} is")
+    if not isinstance(depths, (tuple, list)):
+        raise TypeError(f"depths must be a sequence of depths, got {depths!r}")
+    shallow = sorted(integer("depths", each, 1) for each in depths)
+    if len(set(shallow)) < max(3, len(shallow)):
+        raise ValueError(f"depths must be three different ones at least, got {depths!r}")
+    if integer("target_depth", target, 1) <= shallow[-1]:
+        raise ValueError(
+            f"target_depth must be deeper than all of depths={depths!r}, got {target!r}"
+        )
+    return tuple(shallow)
 
 
 def _takes_population(model_fn: Callable[..., nn.Module]) -> bool:
@@ -439,14 +517,18 @@ def _train_one_by_one(model_fn, data, width, depth, members, steps, batch, tick)
     return losses
 
 
-def _curves(grid: np.ndarray, by_depth: dict[int, np.ndarray], part: Slice) -> dict[int, Curve]:
-    """From float32 losses (seeds, G, steps) by depth, the one that is tuned first."""
+def _curves(
+    grid: np.ndarray, by_depth: dict[int, np.ndarray], part: Slice
+) -> tuple[dict[int, Curve], dict[int, np.ndarray]]:
+    """From float32 losses (seeds, G, steps) by depth, the one that is tuned first: the curves, and the
+    optima of all the curves drawn."""
     found: dict[int, Curve] = {}
+    all_optima = {}
     for depth, losses in by_depth.items():
         own = slice_losses(np.moveaxis(losses, -1, 0), part)
         drawn = drawn_curves(np.where(np.isfinite(own)[..., None], losses, np.inf)[..., _of(part)])
         fitted = bowl(grid, drawn)
-        optima = fitted.optimum
+        optima = all_optima[depth] = fitted.optimum
         if not found:
             tuned = optima
         shift = optima - tuned
@@ -461,7 +543,27 @@ def _curves(grid: np.ndarray, by_depth: dict[int, np.ndarray], part: Slice) -> d
             at_edge=fitted.at_edge,
             shift=Interval(float(shift[0]), *interval(shift[1:])),
         )
-    return found
+    return found, all_optima
+
+
+def _extrapolation(
+    curves: dict[int, Curve],
+    optima: dict[int, np.ndarray],
+    tuned: int,
+    shallow: tuple[int, ...],
+    target: int | None,
+) -> Extrapolation | None:
+    if target is None:
+        return None
+    told = Interval(math.nan, math.nan, math.nan)
+    if not _without_optimum(curves, shallow):
+        told = Interval(*extrapolated(shallow, np.stack([optima[d] for d in shallow]), target))
+    return Extrapolation(shallow, target, curves[tuned].optimum, curves[shallow[-1]].optimum, told)
+
+
+def _without_optimum(curves: dict[int, Curve], depths: Sequence[int]) -> list[int]:
+    """The depths whose optimum the grid does not hold."""
+    return [d for d in depths if curves[d].at_edge or math.isnan(curves[d].optimum.value)]
 
 
 def _of(part: Slice) -> slice:
@@ -526,6 +628,34 @@ def _measured_warnings(grid: np.ndarray, curves: dict[int, Curve], tuned: int) -
     return texts
 
 
+def _extrapolation_warnings(
+    told: Extrapolation | None,
+    curves: dict[int, Curve],
+    parametrization: Parametrization | None,
+) -> list[str]:
+    if told is None:
+        return []
+    lacking = _without_optimum(curves, told.depths)
+    if lacking:
+        return [
+            f"nothing is extrapolated to depth {told.target_depth}: the grid does not hold the optimum "
+            f"at depth {', '.join(map(str, lacking))}"
+        ]
+    texts = []
+    if parametrization is None or not parametrization.classify().faithful:
+        texts.append(
+            f"what is extrapolated to depth {told.target_depth} presumes a best learning rate that "
+            f"converges as depth grows, which that of {parametrization or 'this model'} does not"
+        )
+    wide = told.extrapolated.high - told.extrapolated.low
+    if wide > INTERVAL_LIMIT:
+        texts.append(
+            f"what is extrapolated to depth {told.target_depth} is not known: its interval is {wide:.1f} "
+            f"octaves wide, {INTERVAL_LIMIT:g} are the limit; more seeds or steps make it narrower"
+        )
+    return texts
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -563,6 +693,11 @@ def _figure(tuning: Tuning):
             loss = curve.mean.min()
             axis.plot(best.value, loss, "*", color=color, markersize=12)
             axis.plot([best.low, best.high], [loss, loss], "|-", color=color)
+    told = tuning.extrapolated
+    if told is not None and math.isfinite(told.value):
+        label = f"{tuning.extrapolation.target_depth}, extrapolated"
+        axis.axvline(told.value, color="black", linestyle="--", label=label)
+        axis.axvspan(told.low, told.high, color="black", alpha=0.1, linewidth=0)
     axis.set(
         yscale="log",
         xlabel="log2 of the learning rate, at the base shape",

@@ -7,6 +7,7 @@ costs is a part of the loss.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,12 @@ BLOCKS = 10
 BAND = 0.12  # a bowl is fitted to what is within this part of the lowest loss
 SKEW = 0.9  # of a bowl, an octave; seen at the base depth of `depthnet transfer`
 SKEWS = (0.0, 0.3, 0.6, 0.9, 1.2)
+# The optimum of depth L nears its limit as L^-p. What a network of depth L lacks to its limit falls so:
+# with p = 1/4 what kinks of the activation add to a block's change under Depth-muP, with 1/2 the changes
+# of blocks beside their weights, with 1 the error of L steps of the limit's equation. The middle one is
+# taken, and an interval must hold what the others say.
+EXPONENT = 0.5
+EXPONENTS = (0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -228,6 +235,31 @@ def _fitted(logs: np.ndarray, lowest: int) -> tuple[int, int]:
             end += step
         ends.append(end)
     return ends[0], ends[1]
+
+
+def extrapolated(
+    depths: Sequence[int], optima: np.ndarray, target: int
+) -> tuple[float, float, float]:
+    """The optimum at another depth and its 95 % interval, by least squares: x(L) = a + b L^-p.
+
+    The value is that of the first curves with p = EXPONENT.  The interval is the least that holds those of
+    all EXPONENTS, each of the fits to the curves drawn, and the value.
+
+    Args:
+        depths: (K,), three different ones at least. optima: (K, 1 + D), log2 of the learning rate, of the
+            curves of drawn_curves; the draws of all depths must be the same.
+
+    Returns:
+        value, low, high; NaN if an optimum of the first curves is.
+    """
+    value, ends = math.nan, []
+    for p in EXPONENTS:
+        basis = np.stack([np.ones(len(depths)), np.asarray(depths, float) ** -p], -1)
+        fits = np.array([1.0, target**-p]) @ np.linalg.pinv(basis) @ optima
+        if p == EXPONENT:
+            value = float(fits[0])
+        ends += interval(fits[1:])
+    return value, min(value, *ends), max(value, *ends)
 
 
 def interval(samples: np.ndarray) -> tuple[float, float]:
