@@ -200,7 +200,7 @@ def _plane(trials: list[Trial], settings: SweepSettings) -> np.ndarray:
     multipliers, rates = map(np.array, (settings.log2_block_multiplier, settings.log2_lr))
     candidates, losses = analysis.candidate_losses(trials, settings, last_slice(settings))
     plane = np.full((len(multipliers), len(rates)), np.nan)
-    for candidate, loss in zip(candidates, analysis.seed_means(losses), strict=True):
+    for candidate, loss in zip(candidates, optima.drawn_curves(losses, 0)[0], strict=True):
         row = np.abs(multipliers - candidate.log2_block_multiplier).argmin()
         column = np.abs(rates - candidate.log2_lr).argmin()
         plane[row, column] = np.fmin(plane[row, column], loss)

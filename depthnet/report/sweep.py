@@ -84,11 +84,12 @@ def headline(found: dict[str, Any]) -> str:
     """
     scale, base = found["scale"], found["base"]
     last = [list(panel["slices"].values())[-1] for panel in found["panels"]]
-    sizes = [int(size) for size in last[0]["scales"]]
-    if not sizes or (farthest := max(sizes)) <= base:
+    others = {int(size) for size in last[0]["scales"]} - {base}
+    if not others:
         return f"Nothing is known yet of networks of more than one {scale}."
     if last[0]["answer"] == "no verdict":
         return f"{last[0]['verdict'].partition(': ')[2].partition(';')[0].capitalize()}."
+    farthest = max(others) if max(others) > base else min(others)
     costs = [
         analysis.Estimate(*part["scales"][str(farthest)]["cost"])
         if str(farthest) in part["scales"]
@@ -100,8 +101,8 @@ def headline(found: dict[str, Any]) -> str:
         f"Tuned at {scale} {base}, the same learning rate at {scale} {farthest} "
         f"{_costs(costs[0])} {names[0]}"
     )
-    if last[0]["helps"] is not None:
-        gain = analysis.Estimate(*last[0]["gain"])
+    gain = analysis.Estimate(*last[0]["gain"])
+    if last[0]["helps"] is not None and math.isfinite(gain.value):
         sentence += (
             f", where {scale} {farthest} is {abs(100 * gain.value):.1f} % "
             f"{'better' if last[0]['helps'] else 'worse'} than {scale} {base}"
@@ -128,7 +129,7 @@ def _costs(cost: analysis.Estimate) -> str:
 
 
 def table(summary: dict[str, Any]):
-    """A rich table of the optima, the best losses and the regret."""
+    """A rich table of the optima, the best losses and the costs."""
     rich_box = optional_import("rich.box", "cli", "printing a table")
     rich_table = optional_import("rich.table", "cli", "printing a table")
     text = optional_import("rich.text", "cli", "printing a table")

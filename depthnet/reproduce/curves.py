@@ -156,6 +156,7 @@ class Curves(DataStudy):
             "data": "cifar10",
             "width": 256,
             "depths": tuple(2**k for k in range(3, 11)),
+            "lr_step": 1.0,
             "seeds": 5,
             "steps": 39_100,  # 50 epochs
             "batch": 64,

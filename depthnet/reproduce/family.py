@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from depthnet.scaling import Parametrization
 from depthnet.sweep import optima
 from depthnet.sweep.population import trainer
 from depthnet.sweep.study import Job as Population
-from depthnet.sweep.study import Member, Network, SweepSettings
+from depthnet.sweep.study import Member, SweepSettings
 
 NAMES = {-45.0: "identity", -11.25: "leaky 0.2", 0.0: "relu", 45.0: "|h|"}
 IDENTITY, RELU, ABS = -45.0, 0.0, 45.0
@@ -107,6 +107,8 @@ class Family(DataStudy):
             seeds=self.seeds,
             steps=self.steps,
             batch=self.batch,
+            sweep="hidden",
+            outer_log2_lr=-7.0,
         )
 
     @property
@@ -160,7 +162,7 @@ class Family(DataStudy):
         the last fifth of the steps."""
         settings = self._training(angle)
         (base,) = settings.log2_block_multiplier
-        network = Network(DEPTH_MUP.name, settings.activation[0], self.width, depth)
+        network = replace(settings.networks[0], depth=depth)
         members = [Member(lr, base, 0.0, seed) for seed in range(self.seeds) for _, lr in grid]
         population = trainer(settings, Population("", network, tuple(members)), self.dataset)
         multipliers = [multiplier for multiplier, _ in grid] * self.seeds

@@ -23,7 +23,17 @@ from depthnet import data
 from depthnet._checks import integers, number, optional_import
 from depthnet.nn import Transformer
 from depthnet.optim import AdamW
-from depthnet.reproduce.curves import Curves, Measured, Results, Variant, less, moves, stays, words
+from depthnet.reproduce.curves import (
+    Curves,
+    Measured,
+    Results,
+    Variant,
+    judged,
+    less,
+    moves,
+    stays,
+    words,
+)
 from depthnet.reproduce.study import Arrays, Findings, Job, Verdict
 from depthnet.sweep import analysis
 from depthnet.sweep.analysis import COST_LIMIT, DRIFT_LIMIT, Estimate
@@ -54,7 +64,7 @@ class Transformers(Curves):
         seeds, steps, batch: of training; a batch counts texts of `context` tokens. microbatch: as many
             of them go through the network at once.
         early, middle, late: parts of training, from 0 to 1, whose losses are averaged.
-        device: of torch. memory: plays no part.
+        device: of torch. memory, sweep, outer_log2_lr, output_std, schedule, warmup: play no part.
 
     Raises:
         TypeError, ValueError: a setting is not as described.
@@ -76,6 +86,7 @@ class Transformers(Curves):
     depths: tuple[int, ...] = (2, 4, 8, 16, 32)
     base_depth: int = 4
     log2_lr: tuple[float, float] = (-10.0, -5.0)
+    lr_step: float = 1.0
     log2_a: tuple[float, ...] = (-1.0,)
     tuned: float = -8.0
     multipliers: tuple[float, ...] = (-5.0, -3.0, -1.0, 0.0)
@@ -331,7 +342,7 @@ class Fig16(Transformers):
         curve = late.curves[-1]
         cost = Estimate.of(curve.cost, curve.costs)
         edge = curve.optimum.at_edge  # then it costs as much or more
-        return Verdict(
+        return judged(
             f"{late.variant.label}: the learning rate tuned at depth {self.base_depth} costs less than "
             f"{100 * COST_LIMIT:g} % at depth {curve.scale}, {words(late.part)}",
             True
@@ -341,6 +352,7 @@ class Fig16(Transformers):
             else None,
             f"{analysis.percent(cost)} of the loss"
             + "; the optimum is at the edge of the grid" * edge,
+            late,
         )
 
     def notes(self) -> list[str]:
@@ -356,7 +368,8 @@ class Fig16(Transformers):
 def drifts(claim: str, each: Measured, expected: float) -> Verdict:
     """The optimum drifts by a number of octaves a doubling of depth, give or take DRIFT_LIMIT."""
     edges = [curve.scale for curve in each.curves if curve.optimum.at_edge]
-    return _drift(claim, each.transfer.drift, expected, edges)
+    found = _drift(claim, each.transfer.drift, expected, edges)
+    return judged(claim, found.holds, found.words, each)
 
 
 def viable(claim: str, each: Measured) -> Verdict:

@@ -201,7 +201,7 @@ def curves(trials: list[Trial], settings: SweepSettings, panel: Panel, part: Sli
             tuned = own_bowl.loss(base.optimum)
         with np.errstate(invalid="ignore"):
             # A line from point to point may pass below the bowl.
-            costs = np.where(np.isinf(best), np.nan, np.maximum(tuned / best - 1, 0.0))
+            costs = np.where(np.isinf(tuned), np.inf, np.maximum(tuned / best - 1, 0.0))
         found.append(
             Curve(
                 scale=size,
@@ -243,7 +243,7 @@ class Estimate(NamedTuple):
 
     def exceeds(self, limit: float) -> bool | None:
         """Whether |value| is above a limit; None if that is not known, or the interval contains it."""
-        if math.isnan(self.value):
+        if any(map(math.isnan, self)):
             return None
         if any(self.low <= end <= self.high for end in (-limit, limit)):
             return None

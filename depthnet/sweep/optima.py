@@ -64,30 +64,46 @@ def drawn_curves(losses: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> n
     seed see the same batches: what they have in common cancels in differences.  Calls with the same seed
     and as many seeds draw the same, too.
 
+    Seeds that are known at some points only play no part where others are known at all: they would
+    shift some points against the others, and with a single one elsewhere nothing tells by how much.
+
     Args:
         losses: (..., seeds, G, steps), of one slice: infinite if training diverged, NaN if not known.
 
     Returns:
-        float64 (1 + samples, ..., G), the mean over the known seeds first; infinite where a loss of any
-        seed is, NaN where none is known.
+        float64 (1 + samples, ..., G), the mean over the seeds first; infinite where a loss of any is, NaN
+        where none is known.
     """
-    known = ~np.isnan(losses).any(-1)
     diverged = np.isinf(losses).any((-3, -1))
-    each = np.where(np.isfinite(losses), losses, 1.0).mean(-1, dtype=np.float64)
-    single = losses.shape[-3] == 1
-    if single:
+    whole = ~np.isnan(losses).any((*range(losses.ndim - 3), -2, -1))
+    if whole.any():
+        losses = losses[..., whole, :, :]
+    each = _means(losses)
+    mean, _ = _center(each)
+    if losses.shape[-3] == 1:
         blocks = np.array_split(losses, min(BLOCKS, losses.shape[-1]), -1)
-        parts = np.concatenate([block.mean(-1, dtype=np.float64) for block in blocks], -2)
-        each, known = np.where(np.isfinite(parts), parts, 1.0), np.repeat(known, len(blocks), -2)
-    count = known.sum(-2, keepdims=True)
+        each = np.concatenate([_means(block) for block in blocks], -2)
+    center, count = _center(each)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = (each * known).sum(-2, keepdims=True) / count
-        error = np.where(known, each / mean - 1, 0.0) / np.sqrt(count * np.maximum(count - 1, 1))
-    weights = _weights(each.shape[-2], samples, seed)
-    spread = np.tensordot(weights, error, (1, -2)).reshape(samples, *mean[..., 0, :].shape)
+        error = np.nan_to_num(each / center - 1) / np.sqrt(count * np.maximum(count - 1, 1))
+    weights = np.concatenate(
+        [np.zeros((1, each.shape[-2])), _weights(each.shape[-2], samples, seed)]
+    )
+    spread = np.tensordot(weights, error, (1, -2))
     # Two seeds draw factors beyond what a float holds.
-    spread = np.concatenate([np.zeros_like(spread[:1]), np.clip(spread, -50, 50)])
-    return np.where(diverged, np.inf, mean[..., 0, :] * np.exp(spread))
+    return np.where(diverged, np.inf, mean[..., 0, :] * np.exp(np.clip(spread, -50, 50)))
+
+
+def _means(losses: np.ndarray) -> np.ndarray:
+    """Over steps (..., steps); 1 where training diverged, NaN where a loss is not known."""
+    return np.where(np.isinf(losses), 1.0, losses).mean(-1, dtype=np.float64)
+
+
+def _center(each: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean over the known of (..., seeds, G), and how many they are; (..., 1, G)."""
+    count = (~np.isnan(each)).sum(-2, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        return np.nansum(each, -2, keepdims=True) / count, count
 
 
 def _weights(count: int, samples: int, seed: int) -> np.ndarray:
@@ -153,7 +169,7 @@ class Bowl:
             )
             rise = np.where(part == 0, 0.0, part * (logs[rows, after] - logs[rows, before]))
             line = np.where(np.isinf(logs[rows, before]), np.inf, logs[rows, before] + rise)
-        return np.where((at < grid[0]) | (at > grid[-1]), np.nan, line)
+        return np.where((at >= grid[0]) & (at <= grid[-1]), line, np.nan)
 
 
 def bowl(log2_lr: np.ndarray, curves: np.ndarray) -> Bowl:

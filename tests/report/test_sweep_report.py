@@ -9,10 +9,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from report.browser import CHROMIUM, Page
-from trials import parabolas
+from trials import bowls, rise
 
 from depthnet.report import figures
 from depthnet.report import sweep as report
+from depthnet.sweep import analysis
 from depthnet.sweep.study import Range, SweepSettings
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -31,7 +32,7 @@ def optimum(network):
 
 
 def write(out, study, **options):
-    trials = parabolas(study, optimum, noise=0.01, **options)
+    trials = bowls(study, optimum, noise=0.01, **options)
     return report.write(trials, study, ENVIRONMENT, out)
 
 
@@ -127,11 +128,105 @@ def test_the_page_escapes_and_has_each_id_once(tmp_path):
     assert {a or b for a, b in used} <= set(ids)
 
 
+def test_the_page_says_the_headline_first_then_shows_the_whole_picture(tmp_path):
+    summary = write(tmp_path, settings())
+    page = (tmp_path / "report.html").read_text()
+    places = [page.index(text) for text in (summary["headline"], "<svg", 'class="verdicts"')]
+    assert places == sorted(places)
+
+
+# ---- the sentence that comes first ----
+
+
+def said(study, least=lambda network: 2.0, optima=optimum, **options):
+    """The headline of a study whose seeds are alike: every interval is a point."""
+    trials = bowls(study, optima, least=least, **options)
+    return report.headline(analysis.summarize(trials, study))
+
+
+def still(network):
+    return -8.0
+
+
+def one(**given):
+    return settings(**{"parametrization": ("depth_mup",), **given})
+
+
+def test_headline_of_a_learning_rate_that_transfers():
+    better = said(one(), lambda n: 2.0 * 0.97 ** math.log2(n.depth), still)
+    assert better == (
+        "Tuned at depth 8, the same learning rate at depth 32 costs 0.0 % (0.0 to 0.0) with depth_mup, "
+        "where depth 32 is 5.9 % better than depth 8."
+    )
+
+
+def test_headline_of_depth_that_hurts():
+    worse = said(one(), lambda n: 2.0 * 1.03 ** math.log2(n.depth), still)
+    assert worse.endswith("where depth 32 is 6.1 % worse than depth 8.")
+
+
+def test_headline_where_no_depth_rule_costs_most():
+    """Without one the optimum falls by an octave, whose cost is the bowl's."""
+    cost = 100 * math.expm1(0.14 * rise(1.0))
+    sentence = said(settings(parametrization=("depth_mup", "half_zero", "standard")))
+    assert sentence.endswith(
+        f"; without a depth rule (standard) it costs {cost:.1f} % ({cost:.1f} to {cost:.1f})."
+    )
+
+
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_headline_of_a_learning_rate_that_diverges(all_of_them):
+    """At depth 32, every one of the grid or those that are good at depth 8."""
+    sentence = said(
+        settings(),
+        diverges=lambda n, m: (
+            n.parametrization == "standard" and n.depth == 32 and (all_of_them or m.log2_lr > -10)
+        ),
+    )
+    assert sentence.endswith("; without a depth rule (standard) it diverges.")
+    first = said(one(), diverges=lambda n, m: n.depth == 32 and (all_of_them or m.log2_lr > -10))
+    assert first == (
+        "Tuned at depth 8, the same learning rate at depth 32 diverges with depth_mup."
+    )
+
+
+def test_headline_of_an_unknown_cost():
+    sentence = said(one(), finished=lambda n, m: n.depth < 32 or m.log2_lr < -10)
+    assert "at depth 32 has a cost that is not known with depth_mup" in sentence
+    nothing = said(one(), finished=lambda n, m: n.depth > 8)
+    assert nothing == (
+        "Tuned at depth 8, the same learning rate at depth 32 has a cost that is not known with "
+        "depth_mup."
+    )
+
+
+def test_headline_where_every_learning_rate_is_a_good_one():
+    assert said(one(), bend=0.001) == (
+        "The learning rate hardly matters here: the least learning rate of the grid is only 0.4 % worse "
+        "than the best at depth 8, where 5 % are needed."
+    )
+
+
+@pytest.mark.parametrize(
+    ("study", "finished"), [(one(depth=(8,)), 8), (one(), 8), (one(base_depth=32), 32)]
+)
+def test_headline_of_one_depth(study, finished):
+    sentence = said(study, finished=lambda n, m: n.depth == finished)
+    assert sentence == "Nothing is known yet of networks of more than one depth."
+
+
+def test_headline_of_a_learning_rate_tuned_at_the_greatest_depth():
+    sentence = said(one(base_depth=32), optima=still)
+    assert sentence == (
+        "Tuned at depth 32, the same learning rate at depth 8 costs 0.0 % (0.0 to 0.0) with depth_mup."
+    )
+
+
 def test_a_map_has_the_losses_of_its_plane():
     study = settings(
         log2_lr=(-9.0, -8.0), log2_block_multiplier=(-2.0, -1.0), weight_decay=(0.0, 1.0)
     )
-    trials = parabolas(
+    trials = bowls(
         study,
         optimum,
         diverges=lambda n, m: m.log2_lr == -8 and m.log2_block_multiplier == -1,
@@ -140,7 +235,9 @@ def test_a_map_has_the_losses_of_its_plane():
     maps = figures.heat_maps(trials, study)
     assert [len(line) for line in maps] == [3, 3]
     np.testing.assert_allclose(
-        maps[0][0].losses, [[np.nan, 2 + 0.02 * 0.09], [2 + 0.02 * 0.49, np.inf]], rtol=1e-6
+        maps[0][0].losses,
+        [[np.nan, 2 * math.exp(0.14 * rise(0.3))], [2 * math.exp(0.14 * rise(-0.7)), np.inf]],
+        rtol=1e-6,
     )
     assert figures.heat_maps(trials, settings()) == []
 
@@ -164,6 +261,7 @@ STUDIES = {
     ),
     "diverged": (settings(), {"diverges": lambda n, m: True}),
     "one depth": (settings(depth=(8,)), {}),
+    "flat": (settings(), {"bend": 0.001}),
     "search": (
         settings(log2_lr=Range(-13, -4), sampler="tpe", trials=12),
         {"candidates": lambda s: [(-12.5 + 0.7 * i, -1.5, 0.0) for i in range(12)]},
@@ -183,7 +281,8 @@ VISIBLE = """(() => {
   };
   const text = selector => [...document.querySelectorAll(selector)]
     .filter(shown).map(e => e.innerText.trim());
-  return {headings: text("h1, h2"), chips: text(".chip"), body: document.body.innerText,
+  return {headings: text("h1, h2"), chips: text(".chip"), headline: text(".headline"),
+    body: document.body.innerText,
     figures: [...document.querySelectorAll("svg")].filter(shown).length,
     outside: [...document.querySelectorAll("svg, p, li, h1, h2, h3, .scroll")]
       .filter(e => e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML.slice(0, 80)),
@@ -204,11 +303,13 @@ def test_what_a_reader_sees(name, width, tmp_path):
         complaints += page.seen("Runtime.consoleAPICalled")
     assert shown["headings"][0] == figures.question(study)
     assert shown["headings"][-4:] == ["Optima", "Cost and divergences", "Settings", "Environment"]
-    words = {True: "✓ transfers", False: "✗ does not transfer", None: "? undecided"}
-    expected = [panel["slices"]["last fifth"]["transfers"] for panel in summary["panels"]]
-    assert shown["chips"] == [words[transfers] for transfers in expected]
+    signs = {"transfers": "✓", "does not transfer": "✗", "undecided": "?", "no verdict": "–"}
+    expected = [panel["slices"]["last fifth"]["answer"] for panel in summary["panels"]]
+    assert shown["chips"] == [f"{signs[answer]} {answer}" for answer in expected]
+    assert shown["headline"] == [summary["headline"]]
     panels = len(summary["panels"])
-    assert shown["figures"] == panels + (panels * len(study.depth) if name == "grid" else 0)
+    # All panels in one picture first, then each alone.
+    assert shown["figures"] == 1 + panels + (panels * len(study.depth) if name == "grid" else 0)
     assert shown["width"] <= shown["viewport"] == width
     assert shown["outside"] == []
     count = summary["trials"]

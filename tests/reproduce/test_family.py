@@ -71,7 +71,7 @@ def test_a_factor_of_the_activation_is_one_of_the_multiplier(monkeypatch):
     assert np.ptp(expected) > 1e-3
 
 
-def test_without_blocks_nothing_depends_on_activation_depth_or_learning_rate():
+def test_without_blocks_nothing_depends_on_activation_depth_or_the_blocks_learning_rate():
     losses = SMALL._train(no_tick, ABS, 4, [(0.0, -9.0), (0.0, -6.0)])["losses"]
     blockless = SMALL._train(no_tick, RELU, 1, [(0.0, 0.0)])["losses"]
     np.testing.assert_allclose(losses, np.repeat(blockless, 2, axis=1), rtol=1e-5)

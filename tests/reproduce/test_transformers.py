@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from trials import rise
 
 from depthnet.cli.studies import run_study
 from depthnet.reproduce import transformers
@@ -118,8 +119,8 @@ def test_studies_share_what_they_train(tmp_path, text, monkeypatch):
 # ---- verdicts ----
 
 
-def results(study, optimum, least) -> dict:
-    """Parabolas of loss over log2 lr: its minimum is at optimum(variant, depth, part) and is
+def results(study, optimum, least, bend=0.3) -> dict:
+    """Bowls of loss over log2 lr: the minimum is at optimum(variant, depth, part) and is
     least(variant, depth, part), where part is how much of the training is over; some noise on top."""
     rng = np.random.default_rng(0)
     part = (np.arange(study.steps) + 0.5) / study.steps
@@ -129,10 +130,10 @@ def results(study, optimum, least) -> dict:
         for depth in study.depths:
             name = variant.parametrization
             best, loss = (np.array([f(name, depth, p) for p in part]) for f in (optimum, least))
-            curve = loss[:, None] + 0.5 * (lr - best[:, None]) ** 2
-            noise = 1e-3 * rng.normal(size=curve.shape)
+            curve = loss[:, None] * np.exp(bend * rise(lr - best[:, None]))
+            noise = np.exp(5e-4 * rng.normal(size=curve.shape))
             found[f"{variant.name}-L{depth}"] = {
-                "losses": (curve + noise)[:, None, None].astype(np.float32)
+                "losses": (curve * noise)[:, None, None].astype(np.float32)
             }
     return found
 
@@ -152,6 +153,15 @@ def test_verdicts_of_figure_16(text):
     assert holds == [True, True, False, True, True, True, True, True, False]
     assert "+0.50" in found.verdicts[0].words
     assert "-0.80" in found.verdicts[5].words
+
+
+def test_figure_16_says_nothing_where_every_learning_rate_is_a_good_one(text):
+    study = Fig16(**SHAPE, **text)
+    moving = results(study, lambda _, depth, __: -10 + math.log2(depth), lambda *_: 2.0, 0.001)
+    verdicts = study.findings(moving).verdicts
+    assert [verdict.holds for verdict in verdicts] == [None] * 9
+    judged = [verdict for verdict in verdicts if "viable" not in verdict.claim]
+    assert all(verdict.words.startswith("no verdict, as the contrast") for verdict in judged)
 
 
 def test_verdicts_of_figure_15(text):

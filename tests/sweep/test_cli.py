@@ -15,7 +15,8 @@ from depthnet.cli.watch import View
 from depthnet.sweep.ledger import Ledger
 from depthnet.sweep.study import SweepSettings
 
-SMALL = ["--width", "16", "--steps", "10", "--batch", "8", "--log2-lr", "-9", "-6", "--seeds", "2"]
+SMALL = ["--width", "16", "--steps", "10", "--batch", "8", "--seeds", "2"]
+SMALL += ["--log2-lr", "-9", "-6", "--per-octave", "1"]
 ONE_JOB = ["transfer", *SMALL, "--depths", "4", "--parametrizations", "ode"]
 
 STUDY = """
@@ -49,7 +50,7 @@ def test_run_report_and_watch(study, tmp_path, capsys):
     assert "96 trials of 4 networks on digits, kept in sqlite:///runs/mine/study.db" in flat(
         printed
     )
-    assert "ode-abs-n16-L2-r0-p0: 24 trials" in printed
+    assert "ode-abs-n16-L2-all-r0-p0: 24 trials" in printed
     assert "depth_mup (0.5, 0.5)" in flat(printed)
     assert "96 of 96 trials took" in printed
     assert {path.name for path in out.iterdir()} >= {
@@ -80,12 +81,14 @@ def test_a_finished_study_is_not_trained_again(study, tmp_path, capsys, monkeypa
 def test_options_change_what_the_file_says(study):
     options = cli._parser().parse_args(
         ["sweep", "run", study, "--depth", "3", "--log2-lr", "-8:-7:0.5", "--weight-decay", "0", "0.1",
-         "--parametrization", "-0.5,1.5", "--seeds", "1"]
+         "--parametrization", "-0.5,1.5", "--seeds", "1", "--sweep", "hidden", "frozen",
+         "--outer-log2-lr", "-7", "--output-std", "0.5", "--schedule", "linear", "--warmup", "3"]
     )  # fmt: skip
     settings = verbs.settings_of(options)
     assert settings == SweepSettings(
         name="mine", data="digits", depth=3, width=16, parametrization="-0.5,1.5", steps=10, batch=8,
         log2_lr=(-8, -7.5, -7), weight_decay=(0, 0.1), log2_block_multiplier=(-1, 0, 1), seeds=1,
+        sweep=("hidden", "frozen"), outer_log2_lr=-7.0, output_std=0.5, schedule="linear", warmup=3,
     )  # fmt: skip
 
 
@@ -115,6 +118,11 @@ def test_a_study_without_a_file(tmp_path, monkeypatch, capsys):
         (["run", "none.yaml"], "none.yaml cannot be read"),
         (["run", "--depth", "4", "4"], "depth must be different"),
         (["run", "--log2-lr=-9:-4"], "log2_lr needs a step"),
+        (["run", "--schedule", "linaer"], "did you mean 'linear'"),
+        (["run", "--steps", "50", "--warmup", "50"], "warmup must be less than steps"),
+        (["run", "--sweep", "all", "frozen"], "output_std must be positive with sweep frozen"),
+        (["run", "--output-std", "inf"], "output_std must be a finite number"),
+        (["run", "--outer-log2-lr", "-99"], "outer_log2_lr must be from -60 to 60"),
         (["run", "--log2-lr", "-9:-4:1", "0"], "log2_lr: a range stands alone"),
         (
             ["run", "--storage", "nosuch://me:secret@host/x", "--data", "digits"],
@@ -184,7 +192,7 @@ def test_tensorboard(study, tmp_path, capsys):
     ]
     chosen += ["--log2-block-multiplier", "0", "--sweep", "all", "--tensorboard", str(logs)]
     assert cli.main(chosen) == 0
-    runs = sorted((logs / "ode-abs-n16-L2").iterdir())
+    runs = sorted((logs / "ode-abs-n16-L2-all").iterdir())
     assert [run.name for run in runs] == [
         *("lr-8-a0-wd0-seed0", "lr-8-a0-wd0-seed1", "lr60-a0-wd0-seed0", "lr60-a0-wd0-seed1")
     ]
@@ -212,7 +220,7 @@ def test_the_live_view_shows_who_trains_what(study, monkeypatch):
 
     assert cli.main(["sweep", "run", study, "--depth", "2"]) == 0
     ledger = Ledger("sqlite:///runs/mine/study.db", "mine", None)
-    status = {"doing": "training", "job": "ode-abs-n16-L9-r0-p0", "step": 7, "members": 24}
+    status = {"doing": "training", "job": "ode-abs-n16-L9-all-r0-p0", "step": 7, "members": 24}
     ledger.report("host-1-abc", {**status, "alive": 20, "best": 1.25, "beat": 1})
     ledger.report("host-2-def", {"doing": "stopped"})
     view = View(ledger)
@@ -220,15 +228,15 @@ def test_the_live_view_shows_who_trains_what(study, monkeypatch):
     assert "mine 48 of 48 trials, 0 diverged" in text
     assert view.finished
     assert "host-1-abc" not in text  # who trains what is over
-    assert re.search(r"depth_mup-abs-n16-L2 +24/24 +0", text)
+    assert re.search(r"depth_mup-abs-n16-L2-all +24/24 +0", text)
     every = ledger.trials()
     monkeypatch.setattr(ledger, "trials", lambda: every[:-1])
     text = shown(view)
     assert "mine 47 of 48 trials" in text
     assert not view.finished
-    assert re.search(r"host-1-abc +ode-abs-n16-L9-r0-p0 +7/10 +20/24 +1.25 +0 s ago", text)
+    assert re.search(r"host-1-abc +ode-abs-n16-L9-all-r0-p0 +7/10 +20/24 +1.25 +0 s ago", text)
     assert "host-2-def" not in text
-    assert re.search(r"ode-abs-n16-L2 +23/24 +0", text)
+    assert re.search(r"ode-abs-n16-L2-all +23/24 +0", text)
 
 
 def test_watching_in_a_terminal_ends_with_the_study(study, tmp_path):
@@ -266,6 +274,31 @@ def test_the_files_of_a_transfer_study(tmp_path, capsys):
     ]
     assert (out / "transfer.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "Report:" in capsys.readouterr().out
+
+
+def test_a_transfer_study_of_several_sweeps_and_a_schedule(tmp_path, capsys):
+    arguments = ["transfer", *SMALL, "--depths", "2", "4", "--parametrizations", "depth_mup"]
+    arguments += [
+        "--sweep",
+        "all",
+        "hidden",
+        "frozen",
+        "--output-std",
+        "1",
+        "--outer-log2-lr",
+        "-8",
+    ]
+    arguments += ["--schedule", "cosine", "--warmup", "3", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [panel["sweep"] for panel in summary["panels"]] == ["all", "hidden", "frozen"]
+    assert [panel["name"] for panel in summary["panels"]] == [
+        *("depth_mup, all layers", "depth_mup, blocks only"),
+        "depth_mup, blocks only, others frozen",
+    ]
+    kept = ("schedule", "warmup", "outer_log2_lr", "output_std")
+    assert [summary["settings"][key] for key in kept] == ["cosine", 3, -8, 1]
+    assert summary["headline"] in flat(capsys.readouterr().out)
 
 
 def test_everything_diverging_is_drawn_and_told(tmp_path, capsys):
@@ -316,7 +349,19 @@ def test_odd_names_and_negative_exponents(tmp_path, capsys):
         (["--log2-lr", "-4", "-13"], "log2_lr must have low at most high"),
         (["--data", "cifar10"], "data_dir: cifar10 is read from a folder"),
         (["--data", "mnist", "--data-dir", "/nowhere"], "data_dir: there is no folder /nowhere"),
-        (["--log2-lr", "-9", "-8.5"], "log2_lr: low and high must be whole steps apart"),
+        (["--log2-lr", "-9", "-8.7"], "log2_lr: low and high must be whole steps apart"),
+        (
+            ["--schedule", "cosin"],
+            "schedule='cosin' is not one of constant, linear, cosine; did you",
+        ),
+        (["--warmup", "-1"], "warmup must be at least 0, got -1"),
+        (["--steps", "50", "--warmup", "50"], "warmup must be less than steps, 50, got 50"),
+        (["--sweep", "al"], "sweep='al' is not one of all, hidden, frozen; did you mean 'all'"),
+        (["--sweep", "all", "all"], "sweep must be different"),
+        (["--sweep", "hidden", "frozen"], "output_std must be positive with sweep frozen"),
+        (["--output-std", "-0.5"], "output_std must not be negative, got -0.5"),
+        (["--output-std", "nan"], "output_std must be a finite number"),
+        (["--outer-log2-lr", "99"], "outer_log2_lr must be from -60 to 60"),
         (["--device", "meta"], "device: 'meta' cannot be used"),
         (["--parametrizations", "2000,0", "--width", "8"], "depthnet transfer:"),
         (["--device", "quantum"], "device: 'quantum' cannot be used"),

@@ -176,8 +176,8 @@ def test_resume_after_kills_at_ten_random_points(start, undisturbed, tmp_path):
 
 def test_a_resumed_job_goes_on_from_its_checkpoint(start, tmp_path):
     assert start(at=("save", 1, signal.SIGKILL)).wait() == -signal.SIGKILL
-    # A step less than a whole job's, and the second job's.
-    assert start(at=("step", 2 * STUDY["steps"] - 1, signal.SIGKILL)).wait() == 0
+    # At least a step of the first job is not made again.
+    assert start(at=("step", 2 * STUDY["steps"], signal.SIGKILL)).wait() == 0
     assert len(trials(sqlite(tmp_path / "out"))) == 2 * MEMBERS
 
 

@@ -1,5 +1,7 @@
 """Populations: what a member is, what is swept, who leaves."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import depthnet
 from depthnet import data
 from depthnet.sweep import plan
 from depthnet.sweep.population import trainer
-from depthnet.sweep.study import Job, Member, Network, SweepSettings
+from depthnet.sweep.study import Job, Member, SweepSettings
 
 TEXT = data.load("text")
 
@@ -31,7 +33,8 @@ def train(chosen, source=TEXT):
 
 
 def test_half_zero_is_depth_mup_displaced_by_an_octave_at_four_times_the_base_depth():
-    losses = train(settings(parametrization=("depth_mup", "half_zero"), depth=(4, 16)))
+    both = {"parametrization": ("depth_mup", "half_zero"), "depth": (4, 16), "sweep": "hidden"}
+    losses = train(settings(**both))
     by = {(network.parametrization, network.depth): found for network, found in losses.items()}
     assert np.array_equal(by["depth_mup", 4], by["half_zero", 4])
     for seed in (0, 1):  # 4 learning rates each: half_zero's first three are depth_mup's last three
@@ -69,13 +72,38 @@ def test_a_member_is_a_network_trained_alone():
     np.testing.assert_allclose(losses[:, place], alone, rtol=1e-5)
 
 
-def test_sweep_all_moves_every_learning_rate():
-    for sweep, same in (("hidden", True), ("all", False)):
-        chosen = settings(sweep=sweep, parametrization="mup")
-        population = trainer(chosen, plan.jobs(chosen, TEXT, {})[0], TEXT)
+def weights(population):
+    model = population.model
+    return [layer.weight.detach().clone() for layer in (model.input, model.blocks, model.output)]
+
+
+@pytest.mark.parametrize("sweep", ["all", "hidden", "frozen"])
+def test_a_sweep_moves_the_learning_rates_that_it_names(sweep):
+    """Adam's first step is the learning rate times the gradient's sign, wherever that is not 0."""
+    chosen = settings(sweep=sweep, log2_lr=(-9, -7), outer_log2_lr=-8.5, output_std=1.0)
+    population = trainer(chosen, plan.jobs(chosen, TEXT, {})[0], TEXT)
+    before = weights(population)
+    population.train_step()
+    outside = {"all": (-9, -7), "hidden": (-8.5, -8.5), "frozen": (-math.inf, -math.inf)}[sweep]
+    for new, old, rates in zip(
+        weights(population), before, (outside, (-9, -7), outside), strict=True
+    ):
+        moved = (new - old)[:2].abs().flatten(1).amax(1)
+        assert moved.tolist() == pytest.approx([2.0**rate for rate in rates], rel=1e-3)
+
+
+def test_frozen_layers_keep_every_bit_also_when_members_leave():
+    chosen = settings(sweep="frozen", output_std=1.0, log2_lr=(-9, -8, 40, 60), steps=12)
+    (job,) = plan.jobs(chosen, TEXT, {})
+    population = trainer(chosen, job, TEXT)
+    before = weights(population)
+    while not population.done:
         population.train_step()
-        weight = population.model.output.weight.detach()  # moved by the first step alone
-        assert torch.equal(weight[0], weight[1]) is same
+    assert 0 < len(population.alive) < len(job.members)
+    after = weights(population)
+    for layer, same in ((0, True), (1, False), (2, True)):
+        assert torch.equal(after[layer], before[layer][population.alive]) is same
+    assert not after[2].eq(0).all()
 
 
 def test_other_data_slopes_and_exponents():
@@ -117,12 +145,12 @@ def test_training_ends_when_everything_diverged():
 
 
 @pytest.mark.parametrize("source", ["text", "digits"])
-@pytest.mark.parametrize("optimizer_moves", ["hidden", "all"])
-def test_a_member_has_the_same_bits_in_populations_of_1_7_and_33(source, optimizer_moves):
+@pytest.mark.parametrize("sweep", ["all", "hidden", "frozen"])
+def test_a_member_has_the_same_bits_in_populations_of_1_7_and_33(source, sweep):
     source = data.load(source)
     rng = np.random.default_rng(0)
-    chosen = settings(steps=8, sweep=optimizer_moves)
-    network = Network("depth_mup", "abs", 16, 4)
+    chosen = settings(steps=8, sweep=sweep, output_std=1.0, schedule="cosine", warmup=2)
+    (network,) = chosen.networks
     members = [
         Member(
             float(rng.uniform(-10, -5)), float(rng.uniform(-3, 1)), float(rng.uniform(0, 1)), seed
@@ -148,18 +176,51 @@ def test_keeping_members_is_for_populations():
         depthnet.ResNet(4, 8, 2, 3).keep(torch.tensor([0]))
 
 
-def test_resuming_after_members_have_left_goes_on_bit_for_bit():
-    chosen = settings(sweep="all", log2_lr=(-9, -8, 40, 60), steps=12)
+def finished(population):
+    while not population.done:
+        population.train_step()
+    return population
+
+
+def reloaded(population, chosen, job, path):
+    """A new population that goes on from what the other one leaves in a file."""
+    torch.save(population.state_dict(), path)
+    found = trainer(chosen, job, TEXT)
+    found.load_state_dict(torch.load(path, weights_only=True))
+    return found
+
+
+def test_resuming_after_members_have_left_goes_on_bit_for_bit(tmp_path):
+    chosen = settings(log2_lr=(-9, -8, 40, 60), steps=12, schedule="cosine", warmup=3)
     (job,) = plan.jobs(chosen, TEXT, {})
-    whole = trainer(chosen, job, TEXT)
-    while not whole.done:
-        whole.train_step()
+    whole = finished(trainer(chosen, job, TEXT))
     first = trainer(chosen, job, TEXT)
     while len(first.alive) == len(job.members):
         first.train_step()
-    second = trainer(chosen, job, TEXT)
-    second.load_state_dict(first.state_dict())
+    second = reloaded(first, chosen, job, tmp_path / "state.pt")
     assert 0 < second.step < 12
-    while not second.done:
-        second.train_step()
-    assert np.array_equal(second.losses, whole.losses, equal_nan=True)
+    assert np.array_equal(finished(second).losses, whole.losses, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup"), [("linear", 4), ("linear", 0), ("cosine", 4), ("constant", 4)]
+)
+def test_stopping_after_any_step_of_a_schedule_changes_no_bit(schedule, warmup, tmp_path):
+    chosen = settings(schedule=schedule, warmup=warmup, sweep="hidden")
+    (job,) = plan.jobs(chosen, TEXT, {})
+    whole = finished(trainer(chosen, job, TEXT))
+    for stop in (1, 3, 4, 5, 9):  # inside the warmup, at its end, after it
+        first = trainer(chosen, job, TEXT)
+        for _ in range(stop):
+            first.train_step()
+        again = finished(reloaded(first, chosen, job, tmp_path / "state.pt"))
+        assert np.array_equal(again.losses, whole.losses), stop
+        for one, other in zip(weights(again), weights(whole), strict=True):
+            assert torch.equal(one, other), stop
+    stopped = trainer(chosen, job, TEXT)  # after each
+    while not stopped.done:
+        stopped.train_step()
+        stopped = reloaded(stopped, chosen, job, tmp_path / "state.pt")
+    assert np.array_equal(stopped.losses, whole.losses)
+    for one, other in zip(weights(stopped), weights(whole), strict=True):
+        assert torch.equal(one, other)

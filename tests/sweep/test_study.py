@@ -19,6 +19,7 @@ def test_defaults_are_resolved():
         Network("depth_mup", "abs", 16, 32),
         Network("depth_mup", "abs", 16, 8),
     ]
+    assert (settings.sweep, settings.schedule, settings.warmup) == (("all",), "constant", 0)
 
 
 def test_one_value_is_a_list_of_one_and_a_step_makes_a_grid():
@@ -43,11 +44,20 @@ def test_planned_counts_every_combination():
     assert crossed.planned == 7 * 2 * 2
 
 
+def test_each_sweep_is_a_network_of_its_own_beside_those_of_other_depths():
+    chosen = SweepSettings(depth=(8, 2), sweep=("hidden", "frozen"), output_std=1, log2_lr=-8)
+    found = [(network.sweep, network.depth) for network in chosen.networks]
+    assert found == [("hidden", 8), ("hidden", 2), ("frozen", 8), ("frozen", 2)]
+    assert chosen.planned == 4 * 2
+    assert len({network.name for network in chosen.networks}) == 4
+
+
 def test_a_record_makes_the_settings_again():
     digits = data.load("digits")
     for settings in (
         SweepSettings(activation=("abs", "1,-0.2"), parametrization=("0.75,0.25",)),
         SweepSettings(sampler="tpe", log2_lr=Range(-9, -4), weight_decay=Range(1e-3, 1)),
+        SweepSettings(sweep=("all", "frozen"), output_std=1, schedule="linear", warmup=7),
     ):
         record = json.loads(json.dumps(study.record(settings, digits)))
         assert study.from_record(record) == settings
@@ -133,7 +143,20 @@ def test_bad_files_are_named(tmp_path, name, text, words):
         ({"log2_lr": Range(-4, -9), "sampler": "tpe"}, "log2_lr must have low below high"),
         ({"sampler": "tpe"}, "no setting is a range"),
         ({"sampler": "random"}, "sampler='random' is not one of grid, tpe"),
-        ({"sweep": "some"}, "sweep='some' is not one of hidden, all"),
+        ({"sweep": "some"}, "sweep='some' is not one of all, hidden, frozen"),
+        ({"sweep": ("all", "hiden")}, "sweep='hiden' is not one of .* did you mean 'hidden'"),
+        ({"sweep": ("all", "hidden", "all")}, "sweep must be different"),
+        ({"sweep": ()}, "sweep must have at least one value"),
+        ({"sweep": ("all", "frozen")}, "output_std must be positive with sweep frozen"),
+        ({"output_std": -0.1}, "output_std must not be negative"),
+        ({"output_std": math.inf}, "output_std must be a finite number"),
+        ({"output_std": "1"}, "output_std must be a finite number"),
+        ({"outer_log2_lr": 61}, "outer_log2_lr must be from -60 to 60"),
+        ({"outer_log2_lr": math.nan}, "outer_log2_lr must be a finite number"),
+        ({"schedule": "cosin"}, "schedule='cosin' is not one of .* did you mean 'cosine'"),
+        ({"warmup": -1}, "warmup must be at least 0"),
+        ({"warmup": 1.5}, "warmup must be an integer"),
+        ({"warmup": 300}, "warmup must be less than steps, 300, got 300"),
         ({"weight_decay": -1}, "weight_decay must be from 0"),
         ({"memory": "3"}, "memory must be a size"),
         ({"memory": "0GiB"}, "memory must be a size"),
@@ -143,8 +166,9 @@ def test_bad_files_are_named(tmp_path, name, text, words):
     ],
 )
 def test_what_is_refused(changes, words):
-    with pytest.raises((ValueError, TypeError), match=words):
+    with pytest.raises((ValueError, TypeError), match=words) as caught:
         SweepSettings(**changes)
+    assert "\n" not in str(caught.value)
 
 
 def test_sizes_in_bytes():
