@@ -274,6 +274,13 @@ def test_registered_names_are_the_studies_own(name):
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_quick_run_is_a_smaller_one(name):
+    kind = STUDIES[name].load()
+    whole, quick = (sum(job.cost for job in study.jobs()) for study in (kind(), kind(**kind.quick)))
+    assert quick < whole or not kind.quick
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -284,6 +291,7 @@ def test_registered_names_are_the_studies_own(name):
         (["coord-check", "--set", "blocks_alone", "yes"], "set: blocks_alone takes bool, got yes"),
         (["family", "--set", "steps", "10", "20"], "set: steps takes one value"),
         (["family", "--set", "angles", "0"], "angles must .* -45, 0 and 45 among them"),
+        (["fig10", "--quick", "--full"], "quick: not together with --full"),
     ],
 )
 def test_reproduce_refuses(arguments, message, capsys):
