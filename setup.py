@@ -129,7 +129,7 @@ class BuildNative(build_ext):
         import pybind11
 
         # Python's own flags often have -g, and describing every template takes longer than the rest.
-        common = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        common = ["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
         # Vectors never cross a translation unit, so their ABI does not matter; GCC 12 warns of
         # uninitialised variables inside its own AVX-512 headers (its bug 105593).
         common += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]

@@ -75,10 +75,10 @@ class Fig10Hidden(Fig10):
     )
 
     sweep: str = "hidden"
-    outer_log2_lr: float = -8.0
+    outer_log2_lr: float = -9.0
     schedule: str = "linear"
     steps: int = 300
-    log2_lr: tuple[float, float] = (-10.0, -4.0)
+    log2_lr: tuple[float, float] = (-11.0, -4.0)
 
     @classmethod
     def full(cls) -> dict[str, Any]:
