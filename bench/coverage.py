@@ -19,7 +19,7 @@ from common import RESULTS, argument_parser
 from depthnet.sweep import analysis, optima
 from depthnet.sweep.study import Member, SweepSettings, Trial
 
-STUDIES = 400
+STUDIES = 200
 DEPTHS = (8, 32, 128)
 DRIFT = 0.1
 CASES = [

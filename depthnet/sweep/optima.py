@@ -146,7 +146,7 @@ class Bowl:
     _log2_lr: np.ndarray  # (G,), known points
     _logs: np.ndarray  # (D, G), of the losses there
     _ends: tuple[float, float]  # of the points fitted
-    _skew: float
+    _skew: np.ndarray  # (D,)
     _coefficients: np.ndarray  # (3, D), with u counted from the first end
 
     def loss(self, log2_lr: np.ndarray | float) -> np.ndarray:
@@ -184,12 +184,16 @@ def bowl(log2_lr: np.ndarray, curves: np.ndarray) -> Bowl:
     if not np.isfinite(logs[:1]).any():
         lost = np.full(len(curves), np.nan)
         infinite = np.full(len(curves), np.inf)
-        return Bowl(lost, infinite, False, grid, logs, (0.0, 0.0), SKEW, np.tile(lost, (3, 1)))
+        return Bowl(lost, infinite, False, grid, logs, (0.0, 0.0), lost, np.tile(lost, (3, 1)))
     lowest = int(logs[0].argmin())
     low, high = _fitted(logs[0], lowest)
     x, y = grid[low : high + 1] - grid[low], logs[:, low : high + 1]
-    fits = [(*_least_squares(x, y, skew), skew) for skew in (SKEWS if len(x) > 4 else (SKEW,))]
-    _, coefficients, skew = min(fits, key=lambda fit: fit[0])
+    fits = [_least_squares(x, y, skew) for skew in (SKEWS if len(x) > 4 else (SKEW,))]
+    # Each curve has the skew that fits it best: how far noise decides that is part of the intervals.
+    chosen = np.argmin([error for error, _ in fits], 0)
+    rows = np.arange(len(curves))
+    coefficients = np.stack([found for _, found in fits])[chosen, :, rows].T
+    skew = np.array(SKEWS if len(x) > 4 else (SKEW,))[chosen]
     optimum = grid[low] + _vertex(coefficients, skew, x[-1])
     ends = (grid[low], grid[high])
     edge = lowest in (0, len(grid) - 1)
@@ -198,28 +202,31 @@ def bowl(log2_lr: np.ndarray, curves: np.ndarray) -> Bowl:
     return found
 
 
-def _basis(u: np.ndarray, skew: float) -> np.ndarray:
-    """(len(u), 3): the functions that a bowl is a sum of."""
-    bend = (np.exp(skew * u) - 1 - skew * u) / skew**2 if skew else u * u / 2
-    return np.stack([np.ones_like(u), u, bend], -1)
+def _basis(u: np.ndarray, skew: np.ndarray | float) -> np.ndarray:
+    """(..., 3): the functions that a bowl is a sum of."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        bend = (np.exp(skew * u) - 1 - skew * u) / np.square(skew)
+    return np.stack([np.ones_like(u), u, np.where(np.equal(skew, 0), u * u / 2, bend)], -1)
 
 
-def _least_squares(x: np.ndarray, y: np.ndarray, skew: float) -> tuple[float, np.ndarray]:
-    """The error of the first curve's fit, and the coefficients (3, D) of all."""
+def _least_squares(x: np.ndarray, y: np.ndarray, skew: float) -> tuple[np.ndarray, np.ndarray]:
+    """The errors (D,) and the coefficients (3, D) of the fits to all curves."""
     basis = _basis(x, skew)[:, : len(x)]
     found = np.zeros((3, len(y)))
     found[: basis.shape[1]] = np.linalg.lstsq(basis, y.T, rcond=None)[0]
-    return float(((basis @ found[: basis.shape[1], 0] - y[0]) ** 2).sum()), found
+    return ((basis @ found[: basis.shape[1]] - y.T) ** 2).sum(0), found
 
 
-def _vertex(coefficients: np.ndarray, skew: float, high: float) -> np.ndarray:
+def _vertex(coefficients: np.ndarray, skew: np.ndarray, high: float) -> np.ndarray:
     """(D,): where bowls are least from 0 to high."""
     _, slope, bend = coefficients
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = -slope / bend
-        vertex = np.log1p(np.maximum(skew * ratio, -1.0)) / skew if skew else ratio
-    end = _basis(np.array([high]), skew)[0, 1:]
-    falls = slope * end[0] + bend * end[1] < 0  # from one end to the other, where it bends down
+        vertex = np.where(skew == 0, ratio, np.log1p(np.maximum(skew * ratio, -1.0)) / skew)
+    end = _basis(np.full_like(skew, high), skew)[:, 1:]
+    falls = (
+        slope * end[:, 0] + bend * end[:, 1] < 0
+    )  # from one end to the other, where it bends down
     return np.clip(np.where(bend > 0, vertex, np.where(falls, high, 0.0)), 0.0, high)
 
 
