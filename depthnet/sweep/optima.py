@@ -131,8 +131,7 @@ class Bowl:
     least-squares fit to all points around the lowest one of the first curve that are within BAND of it,
     and at least one on either side.  Loss grows linearly where networks learn too slowly and
     exponentially where they are about to diverge.  The skew s is SKEW, or of five points or more that of
-    SKEWS that fits best; 0 makes a parabola.  On a curve measured in quarter octaves, grids of half and
-    of whole octaves have the same minimum within 0.02.  Elsewhere the curve is a line from point to point.
+    SKEWS that fits best; 0 makes a parabola.  Elsewhere the curve is a line from point to point.
 
     Attributes:
         optimum: (D,), where each curve is least within the points fitted; NaN if no loss is finite.
