@@ -134,7 +134,7 @@ def eager_seconds(network: Network, settings: SweepSettings, data: NextByte, ste
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=300, help="of training (%(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="of training (%(default)s)")
     parser.add_argument(
         "--sampled",
         type=int,
@@ -148,8 +148,8 @@ def main() -> None:
         name="transfer",
         parametrization=("depth_mup", "half_zero", "ode", "standard"),
         depth=(8, 32, 128),
-        log2_lr={"low": -10, "high": -6, "step": 0.5},
-        seeds=4,
+        log2_lr={"low": -9, "high": -6, "step": 0.5},
+        seeds=5,
         steps=args.steps,
     )
     data = load(settings.data)

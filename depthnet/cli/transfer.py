@@ -26,9 +26,9 @@ def add_verbs(verbs) -> None:
         default=["depth_mup", "half_zero", "ode", "standard"],
         help="presets, or exponents as ALPHA,GAMMA")  # fmt: skip
     add("--activation", default="abs", help="identity, relu, abs or leaky_relu")
-    add("--log2-lr", type=float, nargs=2, default=[-10.0, -6.0], metavar=("LOW", "HIGH"))
+    add("--log2-lr", type=float, nargs=2, default=[-9.0, -6.0], metavar=("LOW", "HIGH"))
     add("--per-octave", type=int, default=2, metavar="N", help="learning rates per factor of 2")
-    add("--seeds", type=int, default=4, metavar="N")
+    add("--seeds", type=int, default=5, metavar="N")
     add("--steps", type=int, default=200, metavar="N")
     add("--batch", type=int, default=64, metavar="N")
     add("--schedule", default="constant", help="of learning rates: constant, linear or cosine")
