@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trials import rise
 
 from depthnet.cli.studies import run_study
 from depthnet.reproduce import transformers
@@ -122,6 +121,8 @@ def test_studies_share_what_they_train(tmp_path, text, monkeypatch):
 def results(study, optimum, least, bend=0.3) -> dict:
     """Bowls of loss over log2 lr: the minimum is at optimum(variant, depth, part) and is
     least(variant, depth, part), where part is how much of the training is over; some noise on top."""
+    from trials import rise  # not where this file is a script of its own
+
     rng = np.random.default_rng(0)
     part = (np.arange(study.steps) + 0.5) / study.steps
     found = {}

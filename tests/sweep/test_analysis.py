@@ -320,19 +320,15 @@ sys.path.append(str(BENCH))  # which has a coverage.py, as site-packages may: lo
 COVERAGE = importlib.util.spec_from_file_location("bench_coverage", BENCH / "coverage.py")
 
 
-@pytest.mark.parametrize(("seeds", "expected"), [(2, (0.92, 0.87, 0.90)), (3, (0.87, 0.89, 0.91))])
-def test_intervals_hold_the_truth_as_often_as_was_measured(seeds, expected):
-    """Of the optimum, the drift and the cost of made-up studies like those seen; see the benchmark.
-
-    What is expected was measured with 400 studies.  Of 95 % some is lost as the farthest draws end where
-    the bowls do, and differences of optima are then too small.
-    """
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_intervals_hold_the_truth_in_nine_of_ten_studies(seeds):
+    """Of the optimum, the drift and the cost of made-up studies like those seen; see the benchmark."""
     coverage = importlib.util.module_from_spec(COVERAGE)
     COVERAGE.loader.exec_module(coverage)
-    studies, expected = 60, np.array(expected)
-    three_errors = 3 * np.sqrt(expected * (1 - expected) / studies)
+    studies = 60
+    three_errors = 3 * math.sqrt(0.9 * 0.1 / studies)
     for case in [case for case in coverage.CASES if case[0] == seeds][::2]:
-        assert (coverage.covered(*case, studies) >= expected - three_errors).all(), case
+        assert (coverage.covered(*case, studies) >= 0.9 - three_errors).all(), case
 
 
 def search(study):
