@@ -132,7 +132,12 @@ class BuildNative(build_ext):
         common = ["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
         # Vectors never cross a translation unit, so their ABI does not matter; GCC 12 warns of
         # uninitialised variables inside its own AVX-512 headers (its bug 105593).
-        common += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+        common += [
+            "-Wno-psabi",
+            "-Wno-uninitialized",
+            "-Wno-maybe-uninitialized",
+            "-Wno-unknown-warning-option",
+        ]
         last_word = os.environ.get("CXXFLAGS", "").split()
         (built,) = self.compiler.compile(
             [source],
