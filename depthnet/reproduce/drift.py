@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from depthnet._checks import integers, optional_import
 from depthnet.reproduce.curves import COLORS, MARKERS, Curves, Measured, Results, Variant
 from depthnet.reproduce.study import DataStudy, Findings, Job, Verdict
+from depthnet.sweep import analysis
 from depthnet.sweep.analysis import Estimate
 from depthnet.sweep.optima import Slice
 from depthnet.sweep.study import SweepSettings
@@ -62,11 +62,11 @@ class Drift(DataStudy):
         data, data_dir: see depthnet.data.load.
         width: of the networks where it does not vary. depths: theirs where they vary only in depth;
             ascending, at least three.
-        widths: others, each at the depths up to `shared_depth` that are its base depth times 4 and 16.
-        shared_depth: the greatest depth of networks whose steps or schedule vary.
+        widths: others. base_depth, widest_depth, shared_depth: where their depths, and those of networks
+            whose steps or schedule vary, are; more than twice `width` only the first two.
         log2_lr: least and greatest log2 of the learning rate of all layers, as it is at `width`.
         lr_step: of that grid, in octaves.
-        base_depth, seeds, batch: of all.
+        seeds, batch: of all.
         steps: of training. lengths: others.
 
     Raises:
@@ -115,8 +115,7 @@ class Drift(DataStudy):
         self.cases()  # checks the others
 
     def cases(self) -> dict[str, Case]:
-        few = (self.base_depth, self.widest_depth, self.shared_depth)
-        few = tuple(sorted(set(few)))
+        few = tuple(sorted({self.base_depth, self.widest_depth, self.shared_depth}))
         base = Case(
             data=self.data,
             data_dir=self.data_dir,
@@ -148,7 +147,7 @@ class Drift(DataStudy):
             Job(
                 f"{name}-{job.name}",
                 job.cost * (case.width / self.width) ** 2 * case.steps / self.steps,
-                partial(_run, case, job.name),
+                job.run,
             )
             for name, case in self.cases().items()
             for job in case.jobs()
@@ -219,30 +218,20 @@ class Drift(DataStudy):
                 f"{_words(Estimate.of(left[0], left[1:]))} octaves are left beyond depth {depths[-1]}",
             )
         ]
-        widths = sorted(
-            (each for name, each in found.items() if name == "base" or name.startswith("width")),
-            key=lambda each: each.case.width,
-        )
-        verdicts.append(
+        verdicts += [
             _trend(
                 "the drift is of finite width: it gets smaller as networks get wider",
-                [(each.case.width, each.drift(first, mid)) for each in widths],
+                [(each.case.width, each.drift(first, mid)) for each in _alike(found, "width")],
                 "width",
                 falling=True,
-            )
-        )
-        lengths = sorted(
-            (each for name, each in found.items() if name == "base" or name.startswith("steps")),
-            key=lambda each: each.case.steps,
-        )
-        verdicts.append(
+            ),
             _trend(
                 "the drift is of the length of training: it gets larger as training gets longer",
-                [(each.case.steps, each.drift(first, last)) for each in lengths],
+                [(each.case.steps, each.drift(first, last)) for each in _alike(found, "steps")],
                 "steps",
                 falling=False,
-            )
-        )
+            ),
+        ]
         for steps in (self.steps, max(self.lengths)):
             constant = base if steps == self.steps else found[f"steps-{steps}"]
             fall, stay = (each.drift(first, last) for each in (found[f"linear-{steps}"], constant))
@@ -280,25 +269,22 @@ class Drift(DataStudy):
         from matplotlib.figure import Figure
 
         longest = max(self.lengths)
-        panels: dict[str, dict[str, str]] = {
-            "width": {
-                f"width {found[name].case.width}": name for name in self._named(found, "width")
-            },
+        panels = {
+            "width": {f"width {each.case.width}": each for each in _alike(found, "width")},
             "length of training": {
-                f"{found[name].case.steps} steps": name for name in self._named(found, "steps")
+                f"{each.case.steps} steps": each for each in _alike(found, "steps")
             },
             "schedule": {
-                f"constant, {self.steps}": "base",
-                f"linear, {self.steps}": f"linear-{self.steps}",
-                f"constant, {longest}": f"steps-{longest}",
-                f"linear, {longest}": f"linear-{longest}",
+                f"constant, {self.steps}": found["base"],
+                f"linear, {self.steps}": found[f"linear-{self.steps}"],
+                f"constant, {longest}": found[f"steps-{longest}"],
+                f"linear, {longest}": found[f"linear-{longest}"],
             },
         }
         figure = Figure(figsize=(12, 4.6), layout="constrained")
         axes = figure.subplots(1, 3, sharey=True)
         for axis, (title, lines) in zip(axes, panels.items(), strict=True):
-            for index, (label, name) in enumerate(lines.items()):
-                each = found[name]
+            for index, (label, each) in enumerate(lines.items()):
                 ends = np.array([curve.interval for curve in each.measured.curves])
                 middle = each.optima[:, 0]
                 axis.errorbar(
@@ -325,14 +311,11 @@ class Drift(DataStudy):
         )
         return figure
 
-    def _named(self, found: dict[str, Measurement], kind: str) -> list[str]:
-        """The base and what differs from it in one thing, in order."""
-        names = [name for name in found if name == "base" or name.startswith(kind)]
-        return sorted(names, key=lambda name: (found[name].case.width, found[name].case.steps))
 
-
-def _run(case: Case, name: str, tick) -> dict[str, Any]:
-    return next(job for job in case.jobs() if job.name == name).run(tick)
+def _alike(found: dict[str, Measurement], kind: str) -> list[Measurement]:
+    """The base and what differs from it in width or in steps only, in order."""
+    own = (each for name, each in found.items() if name == "base" or name.startswith(kind))
+    return sorted(own, key=lambda each: (each.case.width, each.case.steps))
 
 
 def _fit(depths: np.ndarray, optima: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -350,8 +333,7 @@ def _fit(depths: np.ndarray, optima: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def _trend(claim: str, drifts: list[tuple[int, np.ndarray]], of: str, *, falling: bool) -> Verdict:
     """Whether drifts get smaller (or larger) with a size, by the slope of a least-squares line."""
     sizes, values = (np.array(part) for part in zip(*drifts, strict=True))
-    x = np.log2(sizes) - np.log2(sizes).mean()
-    slopes = (x[:, None] * values).sum(0) / (x * x).sum()
+    slopes = analysis._slopes(sizes, values)
     slope = Estimate.of(slopes[0], slopes[1:])
     sign = -1 if falling else 1
     ends = sorted((sign * slope.low, sign * slope.high))
